@@ -1,0 +1,46 @@
+"""What every stage of mmkit shares: settings, runs, checkpoints, images, scores, statistics, reports.
+
+After `import mmkit`, transformers' auto classes know mmkit's encoders, so that a LLaVA folder with one loads like any other. The modules
+that define them announce themselves by entry points of the group "mmkit.models": this package imports none of its siblings. They are
+loaded with transformers, not before, since that takes seconds which `mmkit --help` need not wait for.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import entry_points
+from types import ModuleType
+
+
+def register_models() -> None:
+    """Load every module that registers a model with transformers."""
+    for point in entry_points(group="mmkit.models"):
+        point.load()
+
+
+class _AlongWithTransformers(MetaPathFinder):
+    """Calls `register_models` when transformers has been imported. Looking for it without importing (`find_spec`) calls nothing."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "transformers":
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                register_models()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    register_models()
+else:
+    sys.meta_path.insert(0, _AlongWithTransformers())

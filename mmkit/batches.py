@@ -1,0 +1,184 @@
+"""Which samples are in which step: a function of seed and position alone, whatever the ranks, workers, accumulation and restarts.
+
+Epochs follow each other as one endless stream of positions. Position p is item `order(epoch)[p % N]` of epoch `p // N`; step s takes the
+positions from s * G to (s + 1) * G, G the global batch. They are dealt to micro-batches and ranks in this order, so nothing is dropped and
+nothing is seen twice.
+"""
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmkit.errors import ConfigError, DataError, MMKitError
+
+Collate = Callable[[list[Any]], Any]
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix whole numbers (seed, epoch, index) into one seed of 63 bits; near inputs give unrelated seeds."""
+    return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def dataset_length(dataset: Any) -> int:
+    """Give the number of items of a dataset, from its `order(0)`, `length` or `len()`.
+
+    Raises:
+        DataError: It is empty.
+    """
+    if hasattr(dataset, "order"):
+        length = len(dataset.order(0))
+    else:
+        length = int(dataset.length) if hasattr(dataset, "length") else len(dataset)
+    if length < 1:
+        raise DataError(f"the data set ({type(dataset).__name__}) is empty: there is nothing to train on")
+    return length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is dealt: `ranks` processes, each with `accumulation` micro-batches of `micro` samples."""
+
+    micro: int
+    accumulation: int
+    ranks: int
+    rank: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro * self.accumulation * self.ranks
+
+    def begin(self, step: int, micro_batch: int) -> int:
+        """Give the stream position of this rank's first sample in a micro-batch."""
+        return step * self.global_batch_size + (micro_batch * self.ranks + self.rank) * self.micro
+
+
+class StreamOrder:
+    """Turns stream positions into (epoch, index).
+
+    Args:
+        dataset: Its `order(epoch) -> list[int]`, where it has one, replaces the permutation; its length must not change between epochs.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed, self.length = dataset, seed, dataset_length(dataset)
+        self._orders: dict[int, Sequence[int]] = {}
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.length)
+        if epoch not in self._orders:
+            self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}  # a batch may reach into the next epoch
+            self._orders[epoch] = self._order(epoch)
+        return epoch, int(self._orders[epoch][place])
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        if hasattr(self.dataset, "order"):
+            order: Sequence[int] = self.dataset.order(epoch)
+            if len(order) != self.length:
+                raise DataError(f"{type(self.dataset).__name__}.order({epoch}) has {len(order)} items, order(0) has {self.length}: it must stay the same")
+            return order
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        permutation: Sequence[int] = torch.randperm(self.length, generator=generator).numpy()
+        return permutation
+
+
+class _MicroBatches:
+    """The micro-batches of one rank as lists of (epoch, index): a batch_sampler for DataLoader."""
+
+    def __init__(self, order: StreamOrder, layout: Layout, first_step: int, steps: int) -> None:
+        self.order, self.layout, self.first_step, self.steps = order, layout, first_step, steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.steps):
+            for micro_batch in range(self.layout.accumulation):
+                begin = self.layout.begin(step, micro_batch)
+                yield [self.order(position) for position in range(begin, begin + self.layout.micro)]
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.first_step) * self.layout.accumulation
+
+
+@dataclass
+class MicroBatch:
+    """A collated micro-batch and how many of its samples were kept; or the error that a user can put right."""
+
+    batch: Any = None
+    count: int = 0
+    skipped: int = 0
+    error: Exception | None = None
+
+
+class _Fetch(Dataset[Any]):
+    """Gets and collates whole micro-batches, here or in a worker.
+
+    Global generators are seeded for every item, so random augmentation depends on (seed, epoch, index) and not on which worker did it.
+    Errors in data come back as values: torch would wrap a worker's error into a traceback in which the file's name drowns.
+    """
+
+    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self.by_epoch = hasattr(dataset, "get")
+
+    def __getitems__(self, positions: list[tuple[int, int]]) -> list[MicroBatch]:
+        try:
+            items = [self._item(epoch, index) for epoch, index in positions]
+            kept = [item for item in items if item is not None]
+            if not kept:
+                raise DataError(f"all {len(items)} samples of a micro-batch were skipped, the last being item {positions[-1][1]}: is the data set broken?")
+            return [MicroBatch(self.collate(kept), len(kept), len(items) - len(kept))]
+        except (MMKitError, OSError) as error:
+            return [MicroBatch(error=error)]
+
+    def __getitem__(self, position: tuple[int, int]) -> MicroBatch:
+        return self.__getitems__([position])[0]
+
+    def _item(self, epoch: int, index: int) -> Any:
+        seed_everything(derive_seed(self.seed, epoch, index))
+        return self.dataset.get(epoch, index) if self.by_epoch else self.dataset[index]
+
+
+def _only(batches: list[MicroBatch]) -> MicroBatch:
+    return batches[0]
+
+
+def _ignore_interrupt(_: int) -> None:
+    """Leave Ctrl-C, which the terminal sends to all processes, to the main one: it needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def micro_batches(
+    dataset: Any, collate: Collate, order: StreamOrder, layout: Layout, first_step: int, steps: int, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[MicroBatch]:
+    """Give the micro-batches of one rank from `first_step` on, in order.
+
+    Raises:
+        MMKitError, OSError: What `dataset` or `collate` raised, here or in a worker, as it was raised.
+        ConfigError: `num_workers` is negative.
+    """
+    if num_workers < 0:
+        raise ConfigError(f"num_workers is {num_workers}; 0 loads in the main process, N in N others")
+    loader: DataLoader[Any] = DataLoader(
+        _Fetch(dataset, collate, order.seed),
+        batch_sampler=_MicroBatches(order, layout, first_step, steps),  # type: ignore[arg-type]  # lists of pairs, not of numbers
+        collate_fn=_only,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupt if num_workers else None,
+    )
+    for found in loader:
+        if found.error is not None:
+            raise found.error
+        yield found

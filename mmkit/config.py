@@ -1,0 +1,414 @@
+"""Settings: a dataclass, over it a YAML recipe, over that the command line. Nothing is ignored.
+
+    python encoders/train_uta.py --recipe mini_uta --run.steps 300 --lr=1e-3 --run.resume
+
+A key is the path of a field (`run.steps`), or the field's own name where only one field in the whole tree bears it (`steps`). A field that
+holds a dict takes longer paths (`run.deepspeed.zero_optimization.stage 2`).
+"""
+
+import dataclasses
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mmkit.errors import ConfigError, MMKitError
+
+C = TypeVar("C")
+LAUNCHER_FLAGS = {"local_rank"}  # the deepspeed launcher puts --local_rank=N before our own flags
+NONE_WORDS = {"none", "null", "~"}
+
+
+@dataclass
+class Leaf:
+    """One setting: where it sits, what it may be, what it is now and who said so."""
+
+    path: str
+    kind: Any
+    value: Any
+    help: str
+    source: str = "default"
+
+
+def load_config(cls: type[C], argv: Sequence[str] | None = None, *, recipe_dir: Path | None = None) -> C:
+    """Build the settings of a script from defaults, `--recipe` and flags, in this order.
+
+    Args:
+        cls: A dataclass; fields may be dataclasses themselves. Every field has a default. `field(metadata={"help": ...})` documents one.
+        argv: The command line without the program's name. None is `sys.argv[1:]`.
+        recipe_dir: Where `--recipe NAME` looks for `NAME.yaml`.
+
+    Returns:
+        An instance of `cls`. Its `validate()`, and that of every dataclass inside, has been called, inner ones first.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type, an unreadable recipe; the message names the source.
+        SystemExit: `--help` was asked for (code 0).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    leaves = _leaves(cls)
+    if any(word in ("--help", "-h") for word in argv):
+        print(_help(cls, leaves, recipe_dir))
+        raise SystemExit(0)
+    flags = _read_flags(argv, cls, leaves)
+    for recipe in [value for key, value in flags if key == "recipe" and "recipe" not in leaves]:
+        path = find_recipe(str(recipe), recipe_dir)
+        for key, value in _flatten(_read_yaml(path), leaves, cls, path.name):
+            _set(cls, leaves, key, value, path.name)
+    for key, value in flags:
+        if key != "recipe" or "recipe" in leaves:
+            _set(cls, leaves, key, value, "command line", from_text=True)
+    config = _build(cls, leaves, "")
+    _validate(config)
+    return config
+
+
+def find_recipe(name: str, recipe_dir: Path | None) -> Path:
+    """Give the file of a recipe, named by its path or by its bare name in `recipe_dir`.
+
+    Raises:
+        ConfigError: There is no such file; the message names the nearest recipes.
+    """
+    candidates = [Path(name)]
+    known: list[str] = []
+    if recipe_dir is not None:
+        candidates += [recipe_dir / name, recipe_dir / f"{name}.yaml"]
+        known = sorted(path.stem for path in recipe_dir.glob("*.yaml"))
+    for path in candidates:
+        if path.is_file():
+            return path
+    near = get_close_matches(Path(name).stem, known, n=3, cutoff=0.4) or known
+    raise ConfigError(f"--recipe {name}: no such file, and no recipe of that name; nearest: {', '.join(near) or 'none'}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn settings into plain dicts, lists and scalars, as YAML and JSON can hold them."""
+    return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def save_config(config: Any, path: Path | str) -> None:
+    """Write settings as YAML, defaults included, so that `--recipe PATH` gives the same settings again."""
+    from mmkit.checkpoint import atomic_write
+
+    atomic_write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def cli_entry(main: Callable[[], Any]) -> NoReturn:
+    """Run a script's `main` and leave the process: 0, 130 after Ctrl-C, or 2 with `error: ...` for what a user can put right.
+
+    Set `MMKIT_TRACEBACK=1` to see where an error came from. Other exceptions are bugs and keep their traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except (MMKitError, ValueError, LookupError, OSError) as error:
+        if os.environ.get("MMKIT_TRACEBACK", "") not in ("", "0"):
+            traceback.print_exc()
+        # A bare KeyError says only 'x'; its type is the better half of the message.
+        name = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError) else ""
+        print(f"error: {name}{error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+# ---- the tree of fields -------------------------------------------------------------------------------------------------------------------
+
+
+def _leaves(cls: Any, prefix: str = "", defaults: Any = None) -> dict[str, Leaf]:
+    """List all settings of a dataclass by path; `defaults` is the instance that a default_factory of the parent made."""
+    hints = get_type_hints(cls)
+    defaults = cls() if defaults is None else defaults
+    leaves: dict[str, Leaf] = {}
+    for item in dataclasses.fields(cls):
+        path, value, kind = prefix + item.name, getattr(defaults, item.name), hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            leaves.update(_leaves(kind, path + ".", value))
+        else:
+            leaves[path] = Leaf(path, kind, value, str(item.metadata.get("help", "")))
+    return leaves
+
+
+def _build(cls: Any, leaves: Mapping[str, Leaf], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            item.name: _build(hints[item.name], leaves, f"{prefix}{item.name}.")
+            if dataclasses.is_dataclass(hints[item.name])
+            else leaves[prefix + item.name].value
+            for item in dataclasses.fields(cls)
+        }
+    )
+
+
+def _validate(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            _validate(value)
+    if hasattr(config, "validate"):
+        config.validate()
+
+
+def _resolve(cls: Any, leaves: Mapping[str, Leaf], key: str, source: str) -> tuple[Leaf, list[str]]:
+    """Find the field that a key means, and what of the key reaches into that field's dict.
+
+    Raises:
+        ConfigError: No field, or more than one.
+    """
+    key = key.replace("-", "_") if key.replace("-", "_") in leaves or "." not in key else key
+    if key in leaves:
+        return leaves[key], []
+    same = [leaf for path, leaf in leaves.items() if path.rsplit(".", 1)[-1] == key]
+    if len(same) == 1:
+        return same[0], []
+    if same:
+        raise ConfigError(f"'{key}' ({source}) may mean {' or '.join(leaf.path for leaf in same)}: write the whole path")
+    parts = key.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        head = ".".join(parts[:cut])
+        inner = [leaf for path, leaf in leaves.items() if (path == head or path.rsplit(".", 1)[-1] == head) and _holds_dict(leaf.kind)]
+        if len(inner) == 1:
+            return inner[0], parts[cut:]
+    names = {path: leaf for path, leaf in leaves.items()} | {path.rsplit(".", 1)[-1]: leaf for path, leaf in leaves.items()}
+    near = get_close_matches(key, names, n=1, cutoff=0.5) or get_close_matches(parts[-1], names, n=1, cutoff=0.5)
+    hint = "--help shows all"
+    if near:
+        leaf = names[near[0]]
+        hint = f"nearest: {leaf.path}, now {leaf.value!r} ({leaf.source})"
+    raise ConfigError(f"{cls.__name__} has no '{key}' ({source}); {hint}")
+
+
+def _holds_dict(kind: Any) -> bool:
+    return kind is dict or get_origin(kind) is dict or any(_holds_dict(part) for part in get_args(kind) if get_origin(kind) in (Union, types.UnionType))
+
+
+def _set(cls: Any, leaves: dict[str, Leaf], key: str, value: Any, source: str, from_text: bool = False) -> None:
+    leaf, inside = _resolve(cls, leaves, key, source)
+    if inside:
+        merged: dict[str, Any] = _plain(leaf.value) if isinstance(leaf.value, dict) else {}
+        place = merged
+        for part in inside[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"'{key}' ({source}): {leaf.path} holds {place!r} at '{part}', which has no parts")
+        place[inside[-1]] = _parse(value) if from_text else value
+        leaf.value = merged
+    else:
+        leaf.value = coerce(value, leaf.kind, f"{leaf.path} ({source})", from_text)
+    leaf.source = source
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> list[tuple[str, Any]]:
+    """Split `--key value`, `--key=value` and bare `--flag` into pairs; values stay text."""
+    flags: list[tuple[str, Any]] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"'{word}' (command line) belongs to no flag: settings are given as --key value; --help shows all")
+        key, equals, value = word[2:].partition("=")
+        if key.replace("-", "_") in LAUNCHER_FLAGS:
+            if not equals and words:
+                words.pop(0)
+            continue
+        if not equals:
+            bool_flag = key != "recipe" and not (resolved := _resolve(cls, leaves, key, "command line"))[1] and _takes_bool(resolved[0].kind)
+            follows = bool(words) and not words[0].startswith("--")
+            if bool_flag and not (follows and words[0].lower() in ("true", "false", "1", "0", "yes", "no")):
+                value = "true"
+            elif follows:
+                value = words.pop(0)
+            else:
+                raise ConfigError(f"--{key} (command line) has no value")
+        flags.append((key, value))
+    return flags
+
+
+def _takes_bool(kind: Any) -> bool:
+    return kind is bool or bool in get_args(kind)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path} holds a {type(data).__name__}, not `key: value` lines")
+    return data
+
+
+def _flatten(data: Mapping[Any, Any], leaves: Mapping[str, Leaf], cls: Any, source: str, prefix: str = "") -> list[tuple[str, Any]]:
+    """Turn nested YAML into (path, value) pairs; a dict that belongs to one field stays whole."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if any(known.startswith(path + ".") for known in leaves):
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{path}' ({source}) is a group of settings, not the value {value!r}")
+            pairs += _flatten(value, leaves, cls, source, path + ".")
+        else:
+            pairs.append((path, value))
+    return pairs
+
+
+# ---- values -------------------------------------------------------------------------------------------------------------------------------
+
+
+def coerce(value: Any, kind: Any, where: str, from_text: bool = False) -> Any:
+    """Check a value against a type and convert what is surely meant ("3" for an int, 3 for a float, a list's items one by one).
+
+    Args:
+        value: From YAML, or text from the command line (`from_text`).
+        kind: bool, int, float, str, Path, list[T], tuple[T, ...], dict[K, V], Literal, Optional, Union or Any.
+        where: The setting and its source, for the message.
+
+    Raises:
+        ConfigError: The value does not fit.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return _parse(value) if from_text else value
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, args, where, from_text)
+    if origin is Literal:
+        for choice in args:
+            if value == choice and type(value) is type(choice) or (isinstance(value, str) and value == str(choice)):
+                return choice
+        raise ConfigError(f"{where} is {value!r}; it may be {', '.join(str(choice) for choice in args)}")
+    if kind in (str, Path):
+        if isinstance(value, str | Path):
+            return str(value) if kind is str else Path(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and kind is str:
+            return str(value)  # YAML reads an unquoted 224 as a number
+        raise _wrong(value, kind, where)
+    if kind is bool:
+        return _coerce_bool(value, where)
+    if kind in (int, float):
+        return _coerce_number(value, kind, where)
+    if kind in (list, tuple, dict) or origin in (list, tuple, dict):
+        return _coerce_container(value, origin or kind, args, where, from_text)
+    raise ConfigError(f"{where}: settings of type {kind} cannot be read from text")
+
+
+def _coerce_union(value: Any, kinds: tuple[Any, ...], where: str, from_text: bool) -> Any:
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)):
+        return None
+    parsed = _parse(value) if from_text else value
+    rest = [kind for kind in kinds if kind is not type(None)]
+    for kind in rest:  # first the member that the value already is, so that {"a": 1} is a dict in dict | str
+        plain = get_origin(kind) or kind
+        if isinstance(plain, type) and type(parsed) is plain:
+            return coerce(parsed, kind, where)
+    for kind in rest:
+        try:
+            return coerce(value, kind, where, from_text)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{where} is {value!r}; it may be {' or '.join(_name(kind) for kind in kinds)}")
+
+
+def _coerce_bool(value: Any, where: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise _wrong(value, bool, where)
+
+
+def _coerce_number(value: Any, kind: Any, where: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _wrong(value, kind, where)
+    try:
+        number = float(value)  # also for text like 1e-3, which YAML 1.1 leaves as text
+    except ValueError:
+        raise _wrong(value, kind, where) from None
+    if kind is float:
+        return number
+    if number != int(number) if abs(number) < float("inf") else True:
+        raise _wrong(value, kind, where)
+    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit()) else int(number)
+
+
+def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...], where: str, from_text: bool) -> Any:
+    if from_text:
+        parsed = _parse(value)
+        if kind is not dict and not isinstance(parsed, list | tuple):  # a,b,c and a single item
+            parsed = [] if value == "" else [_parse(part.strip()) for part in str(value).split(",")]
+        value = parsed
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise _wrong(value, kind, where)
+        key_kind, item_kind = args or (Any, Any)
+        return {coerce(key, key_kind, where): coerce(item, item_kind, f"{where}, at '{key}',") for key, item in value.items()}
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, kind, where)
+    if kind is tuple and args and Ellipsis not in args:
+        if len(value) != len(args):
+            raise ConfigError(f"{where} has {len(value)} items, {len(args)} are right: {value!r}")
+        kinds: list[Any] = list(args)
+    else:
+        kinds = [args[0] if args else Any] * len(value)
+    return kind(coerce(item, item_kind, f"{where}, item {i},") for i, (item, item_kind) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _parse(text: Any) -> Any:
+    """Read text from the command line as YAML would; what is no YAML is plain text."""
+    if not isinstance(text, str):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value) if value and value[0] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value if isinstance(value, dict | list | int | float | bool) or value is None else text
+
+
+def _wrong(value: Any, kind: Any, where: str) -> ConfigError:
+    return ConfigError(f"{where} is {value!r}; it should be {_name(kind)}")
+
+
+def _name(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", list: "a list", dict: "a dict"}
+    return words.get(kind, "none" if kind is type(None) else str(getattr(kind, "__name__", kind)))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {str(key) if isinstance(key, Path) else key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _help(cls: Any, leaves: Mapping[str, Leaf], recipe_dir: Path | None) -> str:
+    lines = [(cls.__doc__ or cls.__name__).strip(), "", "  --recipe FILE_OR_NAME"]
+    if recipe_dir is not None and recipe_dir.is_dir():
+        lines.append(f"      a YAML file with any of these; here: {', '.join(sorted(path.stem for path in recipe_dir.glob('*.yaml')))}")
+    for leaf in leaves.values():
+        kind = getattr(leaf.kind, "__name__", str(leaf.kind)) if not get_args(leaf.kind) else str(leaf.kind)
+        lines.append(f"  --{leaf.path} {kind.replace('typing.', '')} = {leaf.value!r}")
+        if leaf.help:
+            lines.append(f"      {leaf.help}")
+    return "\n".join(lines)

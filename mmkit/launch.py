@@ -1,0 +1,179 @@
+"""Starting Accelerate: alone, under torchrun or accelerate launch, under the deepspeed launcher; on an accelerator or on none.
+
+A `deepspeed` block counts when a launcher started the process. Without one (plain `python`) the same recipe runs in one process without
+DeepSpeed, which needs no installation of it.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, which chooses once and for all
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+from mmkit.errors import ConfigError
+
+DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own, and it allocates as much whatever the model's size
+
+
+def launched() -> bool:
+    """Tell whether torchrun, accelerate launch or deepspeed started this process."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def read_deepspeed_block(block: dict[str, Any] | str) -> dict[str, Any]:
+    """Give the DeepSpeed settings, written in the recipe or in a JSON file that it names.
+
+    Raises:
+        ConfigError: There is no such file, or it is not JSON.
+    """
+    if isinstance(block, dict):
+        return json.loads(json.dumps(block))  # a copy: Accelerate fills it in place
+    if not block:
+        return {}
+    path = Path(block)
+    if not path.is_file():
+        raise ConfigError(f"run.deepspeed names {path}, and there is no such file; give a JSON file or write the block into the recipe")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"run.deepspeed: {path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"run.deepspeed: {path} holds a {type(settings).__name__}, not an object with settings")
+    return settings
+
+
+def make_accelerator(
+    precision: str, accumulation: int, deepspeed: dict[str, Any], trackers: list[str], folder: Path, find_unused_parameters: bool = False
+) -> Accelerator:
+    """Make the Accelerator of one run.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        accumulation: Micro-batches in a step.
+        deepspeed: Settings as DeepSpeed's JSON has them; empty is off.
+        trackers: Names that Accelerate knows ("tensorboard", "wandb"), beside metrics.jsonl.
+        folder: The run folder, for the trackers' files.
+        find_unused_parameters: DDP's switch, for models whose steps leave trainable parameters unused.
+
+    Raises:
+        ConfigError: fp16 without an accelerator, a tracker that is not installed, or DeepSpeed that is not.
+    """
+    has_accelerator = torch.accelerator.is_available()
+    if precision == "fp16" and not has_accelerator:
+        raise ConfigError("run.precision fp16 needs an accelerator; fp32 and bf16 run on a CPU")
+    # A process may hold several runs one after another (quickstart, tests); Accelerate's state is shared by all of them otherwise.
+    AcceleratorState._reset_state(reset_partial_state=not launched())
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # the recipe decides, `accelerate launch` would win
+    plugin = _plugin(deepspeed) if deepspeed and launched() else None
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    if plugin is not None and not has_accelerator:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        gradient_accumulation_steps=accumulation,
+        cpu=launched() and not has_accelerator and plugin is None,  # with a plugin, cpu=True would silently mean DDP
+        deepspeed_plugin=plugin,
+        log_with=trackers or None,
+        project_dir=str(folder) if trackers else None,
+        kwargs_handlers=handlers,
+    )
+    if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConfigError("the recipe has a deepspeed block and Accelerate took another way; start with `deepspeed ...`, or set run.deepspeed to {}")
+    found = {getattr(tracker, "value", getattr(tracker, "name", str(tracker))) for tracker in accelerator.log_with}
+    if missing := [name for name in trackers if name not in found]:
+        raise ConfigError(f"run.trackers: {', '.join(missing)} is not installed; `pip install {missing[0]}`, or leave it out (metrics.jsonl is always written)")
+    return accelerator
+
+
+def _plugin(settings: dict[str, Any]) -> DeepSpeedPlugin:
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # `accelerate launch --cpu` sets it, and Accelerate then ignores DeepSpeed without a word
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the recipe has a deepspeed block and DeepSpeed is not installed: `pip install mmkit[deepspeed]`") from error
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        settings.setdefault(key, "auto")  # Accelerate would put its own defaults; `complete_deepspeed` fills them in
+    settings.setdefault("zero_optimization", {"stage": 0})
+    for section in ("zero_optimization",):  # the size keys wait for the model, see `complete_deepspeed`
+        if not isinstance(settings[section], dict):
+            raise ConfigError(f"run.deepspeed.{section} is {settings[section]!r}; it should be a group of settings")
+    return DeepSpeedPlugin(hf_ds_config=settings)
+
+
+def complete_deepspeed(accelerator: Accelerator, model: nn.Module, micro: int, accumulation: int, precision: str, max_grad_norm: float) -> list[str]:
+    """Write into the DeepSpeed settings what the run and the model decide; call it before `accelerator.prepare`.
+
+    Args:
+        accelerator: One with a DeepSpeed plugin.
+        model: The bare model, with its trainable parameters chosen.
+        micro: Samples in a micro-batch.
+        accumulation: Micro-batches in a step.
+        precision: "fp32", "bf16" or "fp16".
+        max_grad_norm: 0 is off. Left out, DeepSpeed's own default would decide, and it changed between releases.
+
+    Returns:
+        Remarks to print: which parts of the block are not used.
+
+    Raises:
+        ConfigError: The block contradicts the run.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    settings: dict[str, Any] = plugin.deepspeed_config
+    remarks = [f"deepspeed: the block's {key} is not used, the recipe's own is" for key in ("optimizer", "scheduler") if settings.pop(key, None)]
+    ours = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * accelerator.num_processes,
+        "gradient_clipping": max_grad_norm,
+    }
+    for key, value in ours.items():
+        given = settings.get(key, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(f"run.deepspeed.{key} is {given}, the run's settings make it {value}; leave it out of the block")
+        settings[key] = value
+    for kind in ("bf16", "fp16"):
+        section = settings.setdefault(kind, {})
+        given = section.get("enabled", "auto")
+        if given not in ("auto", precision == kind):
+            raise ConfigError(f"run.deepspeed.{kind}.enabled is {given}, run.precision is {precision}; leave it out of the block")
+        section["enabled"] = precision == kind
+    zero = settings["zero_optimization"]
+    zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it ZeRO-3 cannot export
+    _fill_sizes(zero, model)
+    settings.setdefault("steps_per_print", 10**9)
+    for name, value in list(settings.items()):
+        if value == "auto":
+            del settings[name]
+    return remarks
+
+
+def _fill_sizes(zero: dict[str, Any], model: nn.Module) -> None:
+    """Set the bucket sizes from the language model's width d, as Transformers does, and never above what there is to reduce.
+
+    Source: Accelerate looks at `config.hidden_size` alone, which composed models (LLaVA) do not have.
+    """
+    trainable = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", None) or config
+    width = getattr(text, "hidden_size", None)
+    automatic = {
+        "reduce_bucket_size": max(width * width, 1_000_000) if width else DEFAULT_BUCKET,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width) if width else 50_000_000,
+        "stage3_param_persistence_threshold": 10 * width if width else 100_000,
+    }
+    for key, value in automatic.items():
+        if zero.get(key, "auto") == "auto":
+            zero[key] = value
+    zero["reduce_bucket_size"] = min(int(zero["reduce_bucket_size"]), max(trainable, 1))
+    if zero.get("allgather_bucket_size", "auto") == "auto":
+        zero["allgather_bucket_size"] = min(DEFAULT_BUCKET, max(trainable, 1))

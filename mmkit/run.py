@@ -1,0 +1,528 @@
+"""Run: the counting around a training step, thin on Hugging Face Accelerate.
+
+A script owns its step; Run owns folders, order of the data, accumulation, weighting, clipping, schedule, precision, ranks, checkpoints,
+resume, the NaN stop and the log, and is called by the script:
+
+    run = Run(settings.run, name="uta", settings=settings)
+    model, optimizer = run.prepare(model, optimizer)
+    run.set_schedule(cosine_schedule(run.plan(dataset), warmup=0.03))
+    for batch in run.batches(dataset, collate, weigh=label_tokens):
+        loss, terms = run.forward(alignment_step, batch)     # alignment_step(model, batch); the only right way to call anything but model(...)
+        run.backward(loss, **terms)
+        run.log(**terms)
+    folder = run.finish()
+
+All randomness of a micro-batch is a function of (seed, step, micro-batch, rank): global generators and `run.generator` are seeded for each.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmkit.launch import complete_deepspeed, launched, make_accelerator, read_deepspeed_block  # before other users of accelerate, deepspeed
+
+from accelerate.utils import DistributedType, send_to_device  # isort: skip
+from torch import Tensor, nn  # isort: skip
+from torch import distributed as dist  # isort: skip
+
+from mmkit.batches import Collate, Layout, MicroBatch, StreamOrder, dataset_length, derive_seed, micro_batches, seed_everything
+from mmkit.checkpoint import atomic_write
+from mmkit.config import save_config, to_dict
+from mmkit.errors import ConfigError, DataError, MMKitError
+from mmkit.manifest import manifest
+from mmkit.optim import Schedule, constant_schedule
+from mmkit.progress import Progress
+from mmkit.records import read_jsonl, repair
+from mmkit.snapshots import broadcast, find_snapshot, gather, load_optimizer, load_plain, load_trained, read_state, save_snapshot
+
+
+class TrainingError(MMKitError, ValueError):
+    """The training cannot go on: a loss, a term or a gradient is not finite."""
+
+
+@dataclass
+class RunConfig:
+    """How a training runs, whatever it trains."""
+
+    output_dir: str = field(default="", metadata={"help": "the run folder; must be new or empty, unless resume or overwrite is on"})
+    steps: int = field(default=0, metadata={"help": "optimizer steps; 0 takes them from epochs"})
+    epochs: float = field(default=0.0, metadata={"help": "passes over the data, when steps is 0"})
+    micro_batch_size: int = field(default=32, metadata={"help": "samples in one forward, per process"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches in a step; 0 takes it from global_batch_size"})
+    global_batch_size: int = field(default=0, metadata={"help": "samples in a step; must be micro * accumulation * processes; 0 does not check"})
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "of the forward; weights and optimizer stay fp32"})
+    seed: int = field(default=0, metadata={"help": "of order, augmentation, dropout"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0 is off"})
+    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0 is only at the end"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones; 0 keeps all"})
+    log_every: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint, if there is one"})
+    overwrite: bool = field(default=False, metadata={"help": "remove an earlier run in output_dir"})
+    num_workers: int = field(default=0, metadata={"help": "processes that load data; 0 loads in the main one"})
+    trackers: list[str] = field(default_factory=list, metadata={"help": "beside metrics.jsonl: tensorboard, wandb, ..."})
+    deepspeed: dict[str, Any] | str = field(default_factory=dict, metadata={"help": "DeepSpeed's settings or their JSON file; used under a launcher"})
+    find_unused_parameters: bool = field(default=False, metadata={"help": "DDP: some steps leave trained parameters unused"})
+
+    def validate(self) -> None:
+        """Refuse numbers that mean nothing.
+
+        Raises:
+            ConfigError: The message names the setting.
+        """
+        for name, least in {"steps": 0, "epochs": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 0, "global_batch_size": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}; at least {least} is right")
+        for name in ("max_grad_norm", "save_every", "keep_checkpoints", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}; 0 or more is right")
+        if self.log_every < 1:
+            raise ConfigError(f"run.log_every is {self.log_every}; at least 1 is right")
+        if self.gradient_accumulation_steps == 0 and self.global_batch_size == 0:
+            raise ConfigError("run.gradient_accumulation_steps 0 takes it from run.global_batch_size: give that")
+
+
+class Run:
+    """One training: its folder, its processes, its counters.
+
+    Args:
+        config: How it runs.
+        name: What it trains, in progress lines and trackers.
+        settings: The script's whole settings, saved as config.yaml.
+
+    Attributes:
+        step: Optimizer steps done.
+        updated: True after a `backward` that made an optimizer step, until the next micro-batch (the time to update an EMA).
+        generator: A CPU generator seeded for the present micro-batch, for masks and the like.
+        skipped: Samples of this rank that the data set gave as None (a bad sample it was told to skip).
+
+    Raises:
+        ConfigError: The folder holds another run, or the settings contradict each other.
+    """
+
+    def __init__(self, config: RunConfig, *, name: str, settings: Any) -> None:
+        config.validate()
+        if not config.output_dir:
+            raise ConfigError("run.output_dir is empty; give the run a folder: --output_dir runs/NAME")
+        self.config, self.name, self.settings = config, name, settings
+        self.folder = Path(config.output_dir)
+        self.begin = time.monotonic()
+        block = read_deepspeed_block(config.deepspeed)
+        ranks = int(os.environ["WORLD_SIZE"]) if launched() else 1
+        self.accumulation = _accumulation(config, ranks)
+        self.accelerator = make_accelerator(
+            config.precision, self.accumulation, block, config.trackers, self.folder, config.find_unused_parameters
+        )
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.device, self.rank, self.world_size = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.layout = Layout(config.micro_batch_size, self.accumulation, self.world_size, self.rank)
+        self.step, self.steps, self.updated, self.skipped = 0, config.steps, False, 0
+        self.generator = torch.Generator()
+        self.schedule: Schedule = constant_schedule()
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._kept: dict[str, Any] = {}
+        self._snapshot: Path | None = None
+        self._saved_step, self._seconds_before, self._stop_signal = -1, 0.0, 0
+        self._weight, self._total, self._micro_batch, self._calls = 1.0, 1.0, 0, 0
+        self._bad_loss: Tensor | None = None
+        self._batch: Any = None
+        self._terms: dict[str, list[tuple[Any, float]]] = {}
+        self._grad_norm: float | None = None
+        self._open_folder()
+        seed_everything(derive_seed(config.seed))
+        if block and not self.deepspeed:
+            self.print("deepspeed block: not used in a single process; start with `deepspeed SCRIPT ...` for it")
+
+    def print(self, *words: Any) -> None:
+        """Print on the first rank only."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    # ---- the run folder ---------------------------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> None:
+        message = ""
+        if self.is_main:
+            try:
+                self._claim_folder()
+            except (OSError, ValueError) as error:
+                message = str(error)
+        message = broadcast(message)  # all ranks stop together, or the others would wait for the first one
+        if message:
+            raise ConfigError(message)
+        if self.config.resume:
+            found, remarks = find_snapshot(self.folder / "checkpoints") if self.is_main else (None, [])
+            for remark in remarks:
+                self.print(remark)
+            self._snapshot = broadcast(found)
+        if self._snapshot is not None:
+            state = read_state(self._snapshot)
+            if state["global_batch_size"] != self.layout.global_batch_size:
+                raise ConfigError(
+                    f"{self._snapshot} was made with {state['global_batch_size']} samples in a step, the settings now make it "
+                    f"{self.layout.global_batch_size}; resume with the old number, or start anew with --overwrite"
+                )
+            self.step, self._saved_step, self._seconds_before = state["step"], state["step"], state["seconds"]
+            self.print(f"{self.name}: goes on from {self._snapshot}")
+        if self.is_main:
+            self._write_head()
+        if self.config.trackers:
+            self.accelerator.init_trackers(self.name, config={"settings": json.dumps(to_dict(self.settings))})
+        self.accelerator.wait_for_everyone()
+
+    def _claim_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"run.output_dir {self.folder} is a file; a run needs a folder")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.config.resume:
+            if not self.config.overwrite:
+                raise ConfigError(f"run.output_dir {self.folder} holds files already; --resume goes on with that run, --overwrite removes it")
+            if not (self.folder / "config.yaml").is_file():
+                raise ConfigError(f"run.output_dir {self.folder} holds files and no run of mmkit (no config.yaml): it is not overwritten; name another")
+            shutil.rmtree(self.folder)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def _write_head(self) -> None:
+        old, new = self.folder / "config.yaml", to_dict(self.settings)
+        if self._snapshot is not None and old.is_file():
+            import yaml
+
+            before, after = _flat(yaml.safe_load(old.read_text(encoding="utf-8")) or {}), _flat(new)
+            for key in sorted(before.keys() | after.keys()):
+                if before.get(key) != after.get(key) and key.rsplit(".", 1)[-1] not in ("resume", "overwrite"):
+                    self.print(f"changed since the run began: {key} was {before.get(key)!r}, is {after.get(key)!r}")
+        save_config(self.settings, old)
+        log = self.folder / "metrics.jsonl"
+        if log.is_file():  # lines of steps that will be done again go away, so that the log has each step once
+            repair(log)
+            rows = [row for row in read_jsonl(log) if row["step"] <= self.step]
+            atomic_write(log, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("running"), indent=1))
+
+    def _manifest(self, state: str) -> dict[str, Any]:
+        return manifest(
+            name=self.name, state=state, step=self.step, seed=self.config.seed, seconds=self.seconds, device=self.device,
+            precision=self.config.precision, ranks=self.world_size, global_batch_size=self.layout.global_batch_size,
+            deepspeed_stage=self.accelerator.state.deepspeed_plugin.zero_stage if self.deepspeed else None,
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, earlier parts included."""
+        return self._seconds_before + time.monotonic() - self.begin
+
+    # ---- before the loop --------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Place the model on its device, wrap it for several ranks, and restore the checkpoint when resuming.
+
+        Under DDP and DeepSpeed the result is a wrapper: call it as a function, or use `Run.forward`; its methods bypass the synchronisation.
+
+        Raises:
+            DataError: The checkpoint does not fit the model.
+        """
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if self._snapshot is not None and not self.deepspeed:
+            load_trained(self._snapshot, model)
+        if self.deepspeed:
+            c = self.config
+            for remark in complete_deepspeed(self.accelerator, model, c.micro_batch_size, self.accumulation, c.precision, c.max_grad_norm):
+                self.print(remark)
+        self._model, self._optimizer = self.accelerator.prepare(model, optimizer)
+        if self._snapshot is not None:
+            load_optimizer(self._snapshot, self.accelerator, self._model, self._optimizer)
+        return self._model, self._optimizer
+
+    def unwrap(self) -> Any:
+        """Give the bare model, for saving and evaluation."""
+        return self.accelerator.unwrap_model(self._model)
+
+    def keep(self, name: str, thing: Any) -> None:
+        """Save and restore something else with each checkpoint (an EMA); it has `state_dict()` of plain data, and `load_state_dict`."""
+        self._kept[name] = thing
+        if self._snapshot is not None:
+            thing.load_state_dict(load_plain(self._snapshot / f"kept_{name}.pt"))
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Let the lr of each group be its `initial_lr` times `schedule(step)`; without it the lr is constant."""
+        self.schedule = schedule
+
+    def plan(self, dataset: Any) -> int:
+        """Give the number of steps: `steps`, or what `epochs` means for this data set.
+
+        Raises:
+            ConfigError: Neither is set.
+        """
+        self.steps = self.config.steps or math.ceil(self.config.epochs * dataset_length(dataset) / self.layout.global_batch_size)
+        if self.steps < 1:
+            raise ConfigError("run.steps and run.epochs are both 0: say how long to train")
+        return self.steps
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------------------------
+
+    def batches(self, dataset: Any, collate: Collate, weigh: Callable[[Any], float] | None = None) -> Iterator[Any]:
+        """Give micro-batches on the device until all steps are done.
+
+        Args:
+            dataset: Items come from `dataset.get(epoch, index)` if it has that, else from `dataset[index]`. None is a sample to skip.
+            collate: List of items to a batch.
+            weigh: Over how many things (label tokens, kept patches) the loss of a batch is a mean. The default is its samples.
+
+        Raises:
+            TrainingError: A loss was not finite.
+            DataError: A step weighs nothing.
+            SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the step is finished and a checkpoint written before.
+        """
+        steps = self.plan(dataset)
+        order, c = StreamOrder(dataset, self.config.seed), self.config
+        progress = Progress(self.name, steps, self.step, self.layout.global_batch_size, self.is_main)
+        found = micro_batches(dataset, collate, order, self.layout, self.step, steps, c.num_workers, self.device.type == "cuda")
+        with self._signals():
+            try:
+                while self.step < steps:
+                    yield from self._one_step([next(found) for _ in range(self.accumulation)], weigh)
+                    self._end_step(progress)
+            finally:
+                progress.close()
+                if hasattr(found, "close"):
+                    found.close()
+
+    def _one_step(self, found: list[MicroBatch], weigh: Callable[[Any], float] | None) -> Iterator[Any]:
+        weights = [float(weigh(item.batch)) if weigh is not None else float(item.count) for item in found]
+        for m, weight in enumerate(weights):
+            if not math.isfinite(weight) or weight < 0:
+                raise DataError(f"weigh gave {weight} for micro-batch {m + 1} of {len(found)} of step {self.step + 1}, rank {self.rank}")
+        self._total, stop = self._sum([math.fsum(weights), float(self._stop_signal)])
+        if stop:
+            self._stop(int(self._stop_signal or max(gather(self._stop_signal))))
+        if self._total == 0:
+            raise DataError(f"step {self.step + 1}: nothing in its {self.layout.global_batch_size} samples has weight (no label, no kept patch)")
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule(self.step)
+        self._terms, self._grad_norm = {}, None
+        for m, (item, weight) in enumerate(zip(found, weights, strict=True)):
+            self.skipped += item.skipped
+            self._micro_batch, self._weight, self._calls, self.updated, self._batch = m, weight, 0, False, item.batch
+            place = derive_seed(self.config.seed, 1, self.step, m * self.world_size + self.rank)
+            seed_everything(place)
+            self.generator.manual_seed(place)
+            with self.accelerator.accumulate(self._model):
+                yield send_to_device(item.batch, self.device, non_blocking=True)
+            if self._bad_loss is not None:
+                self._refuse({"loss": self._bad_loss})
+            if self._calls != 1:
+                raise RuntimeError(f"run.backward was called {self._calls} times for a micro-batch of run.batches; once is right")
+
+    def _sum(self, values: list[float]) -> list[float]:
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function(bare_model, *args, **kwargs)` through the wrapper, with its synchronisation and precision.
+
+        A method of the model (`run.forward(VisionEncoder.tokens, images, keep)`) or a loss that needs the model's parts goes this way: under
+        DDP and DeepSpeed only a call of the wrapper itself gathers and reduces.
+        """
+        bare = self.unwrap()
+
+        def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with self.accelerator.autocast():
+                return function(bare, *inner_args, **inner_kwargs)
+
+        before = bare.__dict__.get("forward")
+        bare.forward = inner
+        try:
+            return self._model(*args, **kwargs)
+        finally:
+            del bare.forward
+            if before is not None:
+                bare.forward = before
+
+    def backward(self, loss: Tensor, **terms: Tensor | float) -> None:
+        """Add the gradient of a micro-batch; with the last one of the step, clip, step and zero.
+
+        Args:
+            loss: Mean over what `weigh` counts in the batch, []. It is rescaled to its share of the whole step.
+            terms: Its parts by name; only checked, so that a NaN is named before the optimizer sees it.
+
+        Raises:
+            TrainingError: A term or the gradient is not finite. A loss that is not is held back until `log` or the next batch names its term.
+        """
+        self._calls += 1
+        self._refuse(terms)
+        if not bool(torch.isfinite(loss.detach()).all()):
+            self._bad_loss = loss.detach()
+            return
+        self._terms.setdefault("loss", []).append((loss.detach(), self._weight))
+        # Accelerate (or DeepSpeed's engine) divides by the accumulation, DDP (or the engine) by the ranks.
+        self.accelerator.backward(loss * (self._weight / self._total * self.accumulation * self.world_size))
+        if not self.accelerator.sync_gradients:
+            return
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self._model.parameters(), limit)  # under DeepSpeed it only tells the norm
+        self._grad_norm = None if norm is None else float(norm)
+        if self._grad_norm is not None and not math.isfinite(self._grad_norm) and self.config.precision != "fp16":  # fp16 skips such steps itself
+            names = [name for name, p in self.unwrap().named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+            raise TrainingError(f"the gradient is {self._grad_norm} at step {self.step + 1}, rank {self.rank}, first in {names[0] if names else '?'}; {self._dump()}")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.updated = True
+
+    def log(self, **terms: Tensor | float) -> None:
+        """Add terms of this micro-batch to the step's line; they are averaged as the loss is. `loss` itself is there already.
+
+        Raises:
+            TrainingError: One is not finite.
+        """
+        self._refuse({**terms, **({"loss": self._bad_loss} if self._bad_loss is not None else {})})
+        for name, value in terms.items():
+            if name != "loss":
+                self._terms.setdefault(name, []).append((value.detach() if isinstance(value, Tensor) else value, self._weight))
+
+    def _refuse(self, terms: dict[str, Any]) -> None:
+        values = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in terms.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        bad.sort(key=lambda name: name == "loss")  # a part says more than the sum
+        others = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != bad[0])
+        where = f"step {self.step + 1}, micro-batch {self._micro_batch + 1} of {self.accumulation}, rank {self.rank}"
+        raise TrainingError(f"loss term '{bad[0]}' is {values[bad[0]]} at {where}; {others + '; ' if others else ''}{self._dump()}")
+
+    def _dump(self) -> str:
+        """Save the batch that broke the training, and say where."""
+        path = self.folder / f"nan_{self.step + 1:08d}" / f"batch_{self.rank}_{self._micro_batch}.pt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self._batch, path)
+        except (OSError, RuntimeError, TypeError, AttributeError) as error:
+            return f"the batch could not be saved ({error})"
+        return f"the batch is in {path}"
+
+    # ---- after a step -----------------------------------------------------------------------------------------------------------------
+
+    def _end_step(self, progress: Progress) -> None:
+        self.step += 1
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            self._write_row()
+        progress.update(self.step, self._terms["loss"][-1][0])
+        if self.step == self.steps or (self.config.save_every and self.step % self.config.save_every == 0):
+            self.save()
+
+    def _write_row(self) -> None:
+        mine = {name: (math.fsum(float(value) * weight for value, weight in pairs), math.fsum(weight for _, weight in pairs)) for name, pairs in self._terms.items()}
+        ranks = gather(mine)
+        means = {}
+        for name in dict.fromkeys(name for terms in ranks for name in terms):
+            weight = math.fsum(terms[name][1] for terms in ranks if name in terms)
+            means[name] = math.fsum(terms[name][0] for terms in ranks if name in terms) / weight if weight else math.nan
+        row: dict[str, Any] = {
+            "step": self.step,
+            "samples_seen": self.step * self.layout.global_batch_size,
+            **{name: value for name, value in means.items() if math.isfinite(value)},
+            "lr": max(group["lr"] for group in self._optimizer.param_groups),
+            "grad_norm": self._grad_norm,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.is_main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.config.trackers:
+            self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self._saved_step == self.step or self._model is None:
+            return
+        counters = {
+            "step": self.step,
+            "samples_seen": self.step * self.layout.global_batch_size,
+            "seconds": self.seconds,
+            "global_batch_size": self.layout.global_batch_size,
+        }
+        kept = self.config.keep_checkpoints
+        save_snapshot(self.folder / "checkpoints", self.accelerator, self._model, self._optimizer, self._kept, counters, kept)
+        self._saved_step = self.step
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM end the run after the present step; a second one, two seconds later or more, ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        first = 0.0
+
+        def handle(number: int, _: Any) -> None:
+            nonlocal first
+            if self._stop_signal and time.monotonic() - first > 2:  # launchers repeat the terminal's Ctrl-C at once
+                raise KeyboardInterrupt
+            if not self._stop_signal:
+                self._stop_signal, first = number, time.monotonic()
+                self.print(f"\n{self.name}: stops after this step and saves; again to stop at once")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    def _stop(self, number: int) -> None:
+        self.save()
+        if self.is_main:
+            atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("interrupted"), indent=1))
+        self.print(f"{self.name}: stopped after step {self.step} of {self.steps}, saved in {self.folder}; the same command with --resume goes on")
+        sys.exit(128 + number)
+
+    def finish(self) -> Path:
+        """Write the last checkpoint and the manifest.
+
+        Returns:
+            The run folder.
+        """
+        self.save()
+        if self.is_main:
+            atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("finished"), indent=1))
+        if self.config.trackers:
+            self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+        return self.folder
+
+
+def _accumulation(config: RunConfig, ranks: int) -> int:
+    """Settle the accumulation, and hold it against the global batch.
+
+    Raises:
+        ConfigError: micro * accumulation * ranks is not the global batch.
+    """
+    micro, wanted = config.micro_batch_size, config.global_batch_size
+    accumulation = config.gradient_accumulation_steps or max(1, wanted // (micro * ranks))
+    if wanted and micro * accumulation * ranks != wanted:
+        raise ConfigError(
+            f"run.global_batch_size is {wanted}, and {micro} samples * {accumulation} micro-batches * {ranks} processes are "
+            f"{micro * accumulation * ranks}; set --gradient_accumulation_steps or --micro_batch_size so that they agree"
+        )
+    return accumulation
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
+    return flat
