@@ -1,0 +1,378 @@
+"""ChatModel: the one inference path, for evaluation, demo and server.
+
+    chat = ChatModel.load("runs/llava_b/model")
+    chat.generate([ChatRequest([Turn("user", "what is this?")], ["apple.png"])])      # ["a red apple"]
+    for piece in chat.stream(request): print(piece, end="")
+
+A batch is padded on the left and gives the answers that its rows would give alone (float32; the order of sums differs in half precision).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from llm_stage.chat_format import IMAGE_MARK, ChatFormat, Turn
+from llm_stage.llava_folder import LlavaCard, load_llava
+from mmkit.errors import ConfigError, DataError
+from mmkit.images import open_image
+
+ImageSource = Path | str | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One question in its context.
+
+    Attributes:
+        turns: An optional system turn, then user and assistant in turn, a user last.
+        images: Its pictures. Each `<image>` in a user turn is the place of one; without any mark they go before the first user turn.
+    """
+
+    turns: Sequence[Turn]
+    images: Sequence[ImageSource] = field(default_factory=tuple)
+
+
+class ChatModel:
+    """A LLaVA that answers.
+
+    Args:
+        model: In eval mode, on its device.
+        processor: The model's.
+        chat_format: Renders prompts as in training; None takes the processor's own chat template (other people's folders).
+        name: For tables and labels.
+        card: How it was made, where that is known.
+
+    Attributes:
+        last_batch_size: Rows of the last batch: smaller than asked for, after memory ran out.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        chat_format: ChatFormat | None,
+        name: str,
+        card: LlavaCard | None = None,
+    ) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.chat_format, self.name, self.card = chat_format, name, card
+        self.tokens_per_image = int(model.config.image_seq_length)
+        self.stop_ids = chat_format.stop_ids if chat_format else _stop_ids(model, self.tokenizer)
+        self.last_batch_size = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        template: str | None = None,
+        name: str | None = None,
+    ) -> ChatModel:
+        """Load any LLaVA folder: ours of any stage, or a stock one with its own processor and chat template.
+
+        Args:
+            folder: The folder.
+            device: None is the accelerator if there is one.
+            dtype: None is float32 on a CPU, bfloat16 on an accelerator.
+            template: Of `ChatFormat`; None is the one it was trained with, or the folder's own.
+            name: For tables and labels; None is taken from the folder.
+
+        Raises:
+            ConfigError: It is not a LLaVA folder, or has no chat template and none was given.
+            DataError: Its weights or its processor are broken.
+        """
+        folder = Path(folder)
+        device = torch.device(device) if device is not None else _best_device()
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        model, processor, card = load_llava(folder, dtype)
+        template = template or (card.template if card else None)
+        if template:
+            chat_format = ChatFormat(processor.tokenizer, template, system=card.system if card else None)
+        elif processor.chat_template or processor.tokenizer.chat_template:
+            chat_format = None
+        else:
+            raise ConfigError(f"{folder} has no chat template; say which it was trained with: template='vicuna_v1' (or llama_2, chatml, plain)")
+        resolved = folder.resolve()
+        name = name or (resolved.parent.name if resolved.name == "model" else resolved.name)
+        return cls(model.to(device), processor, chat_format, name, card)
+
+    # -- answers ------------------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[ChatRequest],
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        on_answer: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """Answer many requests, in batches of like length.
+
+        Args:
+            requests: Any number, with images or without.
+            max_new_tokens: Longest answer, tokens.
+            batch_size: Rows at once; halved when memory runs out.
+            temperature: 0 is greedy.
+            top_p: Share of probability that is sampled from.
+            seed: Of the sampling; the same seed and the same requests in the same batches give the same answers.
+            on_answer: Called with (index, answer) as soon as each is there, out of order.
+
+        Returns:
+            The answers in the order of the requests, stripped.
+
+        Raises:
+            DataError: An image cannot be read, marks and images do not agree, or a prompt is too long; the request is named.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; at least 1 is right")
+        prompts = [self._prompt(request, f"request {index}") for index, request in enumerate(requests)]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory runs out at once, or never
+        answers: list[str] = [""] * len(prompts)
+        position = 0
+        while position < len(order):
+            rows = order[position : position + batch_size]
+            try:
+                inputs = self._inputs([prompts[i] for i in rows], [requests[i].images for i in rows], rows)
+                settings = self._settings(max_new_tokens, temperature, top_p, max(len(prompts[i]) for i in rows))
+                with _seeded(None if seed is None else seed + position, settings.do_sample):
+                    output = self.model.generate(**inputs, generation_config=settings)
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                batch_size = (len(rows) + 1) // 2
+                print(f"{self.name}: out of memory with {len(rows)} rows, goes on with {batch_size}", flush=True)
+                continue
+            self.last_batch_size = len(rows)
+            for index, ids in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[index] = self._text(ids)
+                if on_answer is not None:
+                    on_answer(index, answers[index])
+            position += len(rows)
+        return answers
+
+    def stream(
+        self,
+        request: ChatRequest,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Event | None = None,
+    ) -> Iterator[str]:
+        """Answer one request piece by piece; together the pieces are what `generate` gives.
+
+        Closing the iterator, or setting `stop`, ends the generation after the present token. An error in it is raised here.
+
+        Args:
+            request: The question.
+            max_new_tokens, temperature, top_p, seed: As for `generate`.
+            stop: Set it, from any thread, to end early.
+        """
+        prompt = self._prompt(request, "the request")
+        inputs = self._inputs([prompt], [request.images], [0])
+        settings = self._settings(max_new_tokens, temperature, top_p, len(prompt))
+        stop = stop or Event()
+        streamer = _AnswerStreamer(self.tokenizer, self.stop_ids)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with _seeded(seed, settings.do_sample):
+                    self.model.generate(
+                        **inputs, generation_config=settings, streamer=streamer, stopping_criteria=StoppingCriteriaList([_StopWhenSet(stop)])
+                    )
+            except BaseException as error:                         # goes to the caller, below: a thread's own error would be lost
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from _trimmed(streamer)
+        finally:
+            stop.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    def encoder_card(self) -> dict[str, Any]:
+        """What is known of the model's vision encoder: for the report, the demo and the model's card."""
+        tower = self.model.model.vision_tower
+        config = tower.config
+        card: dict[str, Any] = {
+            "model_type": config.model_type,
+            "parameters": sum(parameter.numel() for parameter in tower.parameters()),
+            "width": config.hidden_size,
+            "image_size": getattr(config, "image_size", None),
+            "tokens_per_image": self.tokens_per_image,
+        }
+        for key in ("architecture", "origin", "training"):
+            if getattr(config, key, None):
+                card[key] = getattr(config, key)
+        return {**card, **(self.card.encoder_card if self.card else {})}
+
+    # -- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _prompt(self, request: ChatRequest, where: str) -> list[int]:
+        """Ids of one prompt, images as placeholders."""
+        turns, count = place_marks(request), len(request.images)
+        try:
+            if self.chat_format is not None:
+                ids = self.chat_format.prompt_ids(turns, count, self.tokens_per_image)
+            else:
+                ids = self._stock_prompt(turns, count)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit and len(ids) >= limit:
+            raise DataError(f"{where}: the prompt has {len(ids)} tokens ({count} image(s)), the LLM takes {limit}: shorten the chat")
+        return ids
+
+    def _stock_prompt(self, turns: Sequence[Turn], count: int) -> list[int]:
+        """Ids from the folder's own chat template, whose contents are typed parts."""
+        if not turns or turns[-1].role != "user":
+            raise DataError("a prompt ends with a user turn")
+        messages = []
+        for turn in turns:
+            if count == 0 and IMAGE_MARK in turn.text:
+                raise DataError(f"the text says {IMAGE_MARK} and there is no image: this folder's template cannot tell it from a placeholder")
+            pieces = turn.text.split(IMAGE_MARK) if turn.role == "user" else [turn.text]
+            content: list[dict[str, str]] = []
+            for index, piece in enumerate(pieces):
+                content += [{"type": "image"}] if index else []
+                content += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
+            messages.append({"role": turn.role, "content": content})
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = []
+        for token in self.tokenizer(text, add_special_tokens=not begins)["input_ids"]:
+            ids += [token] * (self.tokens_per_image if token == self.model.config.image_token_id else 1)
+        found = ids.count(self.model.config.image_token_id) // self.tokens_per_image
+        if found != count:
+            raise DataError(f"the template wrote {found} image(s) where {count} were given")
+        return ids
+
+    def _inputs(self, prompts: list[list[int]], images: list[Sequence[ImageSource]], rows: list[int]) -> dict[str, Tensor]:
+        """Left-padded ids and mask [B, L] and pixel_values [images, 3, h, w], on the model's device."""
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self._pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        device = self.model.device
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        pictures = [open_image(image, f"request {index}") for index, some in zip(rows, images, strict=True) for image in some]
+        if pictures:
+            pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+            inputs["pixel_values"] = pixels.to(device, self.model.dtype)
+        return inputs
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_ids[0])
+
+    def _settings(self, max_new_tokens: int, temperature: float, top_p: float, longest: int) -> GenerationConfig:
+        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise ConfigError(
+                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, top_p in (0, 1], "
+                "max_new_tokens at least 1"
+            )
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        room = max_new_tokens if not limit else min(max_new_tokens, limit - longest)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+        return GenerationConfig(max_new_tokens=room, eos_token_id=self.stop_ids, pad_token_id=self._pad_id, **sampling)
+
+    def _text(self, ids: list[int]) -> str:
+        """The words up to the first stop token."""
+        ends = [index for index, token in enumerate(ids) if token in self.stop_ids]
+        return self.tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True).strip()
+
+
+def place_marks(request: ChatRequest) -> list[Turn]:
+    """The turns, with a mark for each image in front of the first user turn where none was written."""
+    turns = list(request.turns)
+    if request.images and not any(IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
+        for index, turn in enumerate(turns):
+            if turn.role == "user":
+                turns[index] = replace(turn, text=f"{IMAGE_MARK}\n" * len(request.images) + turn.text)
+                break
+    return turns
+
+
+def _stop_ids(model: LlavaForConditionalGeneration, tokenizer: Any) -> list[int]:
+    given = model.generation_config.eos_token_id if model.generation_config else None
+    ids = given if isinstance(given, list) else [given, tokenizer.eos_token_id]
+    return list(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _best_device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+@contextmanager
+def _seeded(seed: int | None, sampling: bool) -> Iterator[None]:
+    """Seed torch for one generation, and leave the caller's generators as they were."""
+    if seed is None or not sampling:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _AnswerStreamer(TextIteratorStreamer):
+    """Pieces of text without prompt and without the token that ends the answer (which may be a newline)."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids = set(stop_ids)
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt and int(value.flatten()[-1]) in self.stop_ids:
+            return
+        super().put(value)
+
+
+def _trimmed(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces without the blanks around the whole."""
+    blank, begun = "", False
+    for piece in pieces:
+        text = blank + piece if begun else piece.lstrip()
+        kept = text.rstrip()
+        blank = text[len(kept) :]
+        if kept:
+            begun = True
+            yield kept
+
