@@ -1,0 +1,123 @@
+"""`mmkit ...`: one table, command -> "module:main"; a module is imported when its command is chosen, so that help costs nothing.
+
+Exit codes: 0 done; 2 the command line, a setting or a file is not right (one line says what to do; `MMKIT_TRACEBACK=1` adds where);
+130 interrupted; 1 anything else, with its traceback, because it is a fault of the kit's.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from mmkit.config import cli_entry
+from mmkit.errors import NameNotFound
+
+HELP = ("-h", "--help", "help")
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it is for."""
+
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("apps.quickstart:main", "from nothing to a report: data, encoders, LLaVA behind each, evaluation (about 20 minutes)"),
+    "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
+    "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
+    "train contrastive": Command("encoders.train_contrastive:main", "train an image and a text tower on pairs (CLIP)"),
+    "train uta": Command("encoders.train_uta:main", "train an encoder on the tokens of a frozen CLIP teacher (unmasked token alignment)"),
+    "train llava": Command("llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"),
+    "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
+    "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
+    "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `mmkit`; None takes them from the command line.
+
+    Returns:
+        The exit code (see the top of this file).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in HELP:
+        print(help_text())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"mmkit {metadata.version('mmkit')}")
+        return 0
+    group = [name for name in COMMANDS if name.startswith(words[0] + " ")]
+    if group and (len(words) == 1 or words[1] in HELP):
+        print(help_text(group))
+        return 0 if len(words) > 1 else 2
+    return run(dispatch, words)
+
+
+def run(entry: Callable[..., Any], *arguments: Any) -> int:
+    """Call an entry with `cli_entry`'s manners (one line for a wrong setting or file, no traceback); give its exit code back."""
+    try:
+        cli_entry(lambda: entry(*arguments))
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def dispatch(words: list[str]) -> None:
+    """Import the module of the command that `words` begins with and hand it the rest."""
+    name, rest = resolve(words)
+    module, function = COMMANDS[name].target.split(":")
+    getattr(importlib.import_module(module), function)(rest)
+
+
+def resolve(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split the words of a command line into a command of the table and what is for it.
+
+    Raises:
+        NameNotFound: There is no such command; the nearest ones are named.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return name, list(words[length:])
+    typed = " ".join(word for word in words[:2] if not word.startswith("-"))
+    raise NameNotFound(f"mmkit has no command '{typed}'; {nearest(typed)}`mmkit --help` shows all {len(COMMANDS)}")
+
+
+def nearest(typed: str) -> str:
+    """Commands that look like the typed one: by both words, by the second (`mmkit vqa`), by the first."""
+    by_word = {word: name for name in COMMANDS for word in name.split()}
+    close = get_close_matches(typed, COMMANDS, n=3, cutoff=0.55)
+    close += [by_word[word] for part in typed.split() for word in get_close_matches(part, by_word, n=2, cutoff=0.7)]
+    unique = list(dict.fromkeys(close))[:3]
+    return f"did you mean `mmkit {'` or `mmkit '.join(unique)}`? " if unique else ""
+
+
+def help_text(names: Sequence[str] | None = None) -> str:
+    """The commands (all of them, or those of one group) with a line for each."""
+    shown = {name: COMMANDS[name] for name in names or COMMANDS}
+    width = max(map(len, shown))
+    lines = ["mmkit COMMAND [--key value ...]", ""]
+    if names is None:
+        lines = ["mmkit: does this vision encoder make a better multimodal model?", "", *lines]
+    lines += [f"  {name:<{width}}  {command.help}" for name, command in shown.items()]
+    lines += ["", "`mmkit COMMAND --help` lists the settings of a command; recipes bundle them (`mmkit list recipes`)."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`mmkit list encoders | llms | recipes`: what there is to name on a command line."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmkit.config import cli_entry
+from mmkit.errors import ConfigError, find
+
+ROOT = Path(__file__).resolve().parent.parent
+Rows = tuple[list[str], list[list[str]]]  # headings, rows
+
+
+def encoders() -> Rows:
+    """The encoder catalog."""
+    from encoders.catalog import ENCODERS
+
+    return from_table(ENCODERS)
+
+
+def llms() -> Rows:
+    """The language models that come with the kit; hub names and folders are taken beside them."""
+    from llm_stage.llms import LLMS
+
+    return from_table(LLMS)
+
+
+def recipes() -> Rows:
+    """All recipes, with the first line of their heads."""
+    paths = [path for package in ("encoders", "llm_stage") for path in sorted((ROOT / package / "recipes").rglob("*.yaml"))]
+    return ["recipe", "file", "what it does"], [[path.stem, str(path.relative_to(ROOT)), first_comment(path)] for path in paths]
+
+
+LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "recipes": recipes}
+
+
+def from_table(table: Mapping[str, Any]) -> Rows:
+    """Headings and rows of one of the kit's tables, name -> dataclass: its fields that are text."""
+    first = next(iter(table.values()))
+    fields = [item.name for item in dataclasses.fields(first) if any(isinstance(getattr(row, item.name), str) for row in table.values())]
+    return ["name", *fields], [[name, *(str(getattr(row, item) or "") for item in fields)] for name, row in table.items()]
+
+
+def first_comment(path: Path) -> str:
+    """The first line of a recipe's head, without its mark."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and line.strip("# "):
+            return line.strip("# ")
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Print one list; gives the folder of the installed packages back.
+
+    Raises:
+        ConfigError: No list, or more than one, is named.
+        NameNotFound: There is no such list.
+    """
+    import sys
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--help"], ["-h"]):
+        print(f"mmkit list {' | '.join(LISTS)}")
+        return ROOT
+    if len(words) != 1:
+        raise ConfigError(f"`mmkit list` takes one of {', '.join(LISTS)}; got {' '.join(words) or 'nothing'}")
+    headings, rows = find("list", LISTS, words[0])()
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "recipe"))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return ROOT
+
+
+if __name__ == "__main__":
+    cli_entry(main)
