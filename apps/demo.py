@@ -28,12 +28,12 @@ IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 16  # questions waiting in the queue; the next one is told that the demo is busy
 QUICKSTART = Path("runs/quickstart/llava")
-# The first five are asked as the embedded world's own questions are; the last is for models that speak in sentences.
+# Worded as in the embedded world, whose questions the small models learned; real chat models understand them as well.
 PRESETS = [
     "what is in the picture?",
     "how many objects are there?",
-    "what colour is the background?",
-    "what word is written in the picture?",
+    "what color is the background?",
+    "what word is written?",
     "describe the picture.",
 ]
 

@@ -94,7 +94,7 @@ class Stage:
         """The script has come to its end. A training writes its manifest from the start, and says in it how far it is."""
         if not self.done.is_file():
             return False
-        return not self.resume or json.loads(self.done.read_text(encoding="utf-8")).get("state") == "finished"
+        return not self.command.startswith("train ") or json.loads(self.done.read_text(encoding="utf-8")).get("state") == "finished"
 
     @property
     def complete(self) -> bool:
@@ -153,8 +153,9 @@ def plan(config: QuickstartConfig) -> list[Stage]:
         stages.append(_encoder_stage(name, out, config))
     for name in config.encoders:
         folder = out / "eval" / name / "mini_zeroshot"
-        flags = ("--encoder", str(out / "encoders" / name), "--images", str(data / "classification" / "test"), "--out", str(folder))
-        stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, folder / "summary.json"))
+        flags = ("--encoder", str(out / "encoders" / name), "--images", str(data / "classification" / "test"), "--out", str(folder), "--benchmark", "mini_zeroshot")
+        done = folder / "summary.json"
+        stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, done, ("--resume",)))
     for name in config.encoders:
         stages += _llava_stages(name, out, config)
         stages += [_vqa_stage(name, out, shuffled) for shuffled in (False, True)]

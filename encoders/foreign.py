@@ -290,7 +290,10 @@ def _hf_clip(model: Any, vision: Any, spec: ImageSpec, origin: str) -> VisionEnc
 
 
 def _hf_siglip(model: Any, vision: Any, spec: ImageSpec, origin: str) -> VisionEncoder:
-    args = {**_hf_args(vision), "num_classes": 0}
+    activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
+    if vision.hidden_act not in activations:
+        raise ConfigError(f"'{origin}': activation '{vision.hidden_act}' is not known to this conversion; known are {', '.join(activations)}")
+    args = {**_hf_args(vision), "num_classes": 0, "act_layer": activations[vision.hidden_act]}
     encoder = _encoder("vit_base_patch16_siglip_224", args, vision.hidden_size, spec, origin)
     state = _hf_blocks(_hf_state(model), vision.num_hidden_layers)
     state["pos_embed"] = state.pop("embeddings.position_embedding.weight").unsqueeze(0)
@@ -302,7 +305,7 @@ def _hf_siglip(model: Any, vision: Any, spec: ImageSpec, origin: str) -> VisionE
     state["attn_pool.q.bias"], state["attn_pool.kv.bias"] = bias[:width], bias[width:]
     for part in ("weight", "bias"):
         state[f"attn_pool.proj.{part}"] = head.pop(f"attention.out_proj.{part}")
-        state[f"attn_pool.norm.{part}"] = head.pop(f"norm.{part}")
+        state[f"attn_pool.norm.{part}"] = head.pop(f"layernorm.{part}")
         state[f"attn_pool.mlp.fc1.{part}"], state[f"attn_pool.mlp.fc2.{part}"] = head.pop(f"mlp.fc1.{part}"), head.pop(f"mlp.fc2.{part}")
     load_strict(encoder.network, {**state, **head}, origin)
     return encoder

@@ -1,6 +1,7 @@
 """Image-caption pairs: drawn on the fly from the embedded world, or read from COCO captions, a JSON list, or a folder."""
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkit.batches import derive_seed
 from mmkit.errors import DataError
 from mmkit.images import ImageError, ImageSpec, open_image
 from mmkit.minidata import names as mini_names
@@ -80,8 +82,7 @@ class CaptionedImages:
         if not records:
             raise DataError("there are no image-caption pairs")
         self.records, self.seed, self.on_bad_sample = list(records), seed, on_bad_sample
-        # Captions here say where things are: no flip.
-        self.transform = spec.transform(training=training, scale=(0.6, 1.0), flip=0.0) if training else spec.transform(training=False)
+        self.spec, self.training = spec, training
         self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -108,9 +109,11 @@ class CaptionedImages:
                     raise ImageError(f"{error}\n  --data.on_bad_sample skip leaves such images out, counted") from error
                 self.bad.setdefault(str(path), str(error))
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, place)).generate_state(1)[0]))
-                return self.transform(picture), self.caption(epoch, place)
+            if not self.training:
+                return self.spec.transform(training=False)(picture), self.caption(epoch, place)
+            generator = random.Random(derive_seed(self.seed, epoch, place))
+            # Captions may say where things are: no flip.
+            return self.spec.training_transform(picture, generator, scale=(0.6, 1.0), flip=0.0), self.caption(epoch, place)
         raise ImageError(f"none of {len(self.records)} images can be read; the first: {next(iter(self.bad.values()))}")
 
 

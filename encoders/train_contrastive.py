@@ -21,7 +21,6 @@ if __package__ in (None, ""):  # started as a file: its folder is on sys.path, t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import torch.distributed.nn
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -115,12 +114,31 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tenso
     return (terms["image_to_text"] + terms["text_to_image"]) / 2, terms
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows [B, D] of every rank, in rank order [G, D]; each rank's loss sends its gradient back to the rank whose rows it used.
+
+    torch.distributed.nn.all_gather does the same but for gloo, where its backward can hang.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def _gather(images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """All ranks' features (gradients flow back to their ranks) and captions, and where this rank's rows begin."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return images, texts, captions, 0
     both = torch.cat([images, texts], dim=1).contiguous()  # one exchange instead of two
-    gathered = torch.cat(list(torch.distributed.nn.all_gather(both)))  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(both)
     ids = [torch.empty_like(captions) for _ in range(dist.get_world_size())]
     dist.all_gather(ids, captions.contiguous())
     return gathered[:, : images.shape[1]], gathered[:, images.shape[1] :], torch.cat(ids), dist.get_rank() * len(images)

@@ -1,7 +1,7 @@
 """Turns of a chat -> token ids and labels, built together, so that the mask never has to be searched for in the ids.
 
-A template turns the chat into pieces: marks (single special tokens), words, images. Each piece knows whether it is supervised. Words are
-encoded with the special tokens switched off: a person who writes `<image>` or `</s>` gets those letters, never those ids.
+A template (chat_templates.py) turns the chat into pieces: marks, words, images. Each knows whether it is supervised. Words are encoded
+ with the special tokens switched off: a person who writes `<image>` or `</s>` gets those letters, never those ids.
 
 Laws (section 2.2 of the specification; tests/test_chat_format.py): every run of labels is one answer with its end token and nothing else;
 the prompt for the first k turns is a prefix of the training ids; a round appended changes nothing before it; one BOS.
@@ -10,28 +10,16 @@ the prompt for the first k turns is a prefix of the training ids; a round append
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from llm_stage.chat_templates import IMAGE_MARK, TEMPLATES, OwnTemplate, Piece, Turn, mark, origin
 from mmkit.errors import ConfigError, DataError, find
 
 IGNORE_INDEX = -100
-IMAGE_MARK = "<image>"
-
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn. In a chat with images, each `<image>` in a user turn is the place of one image; without images it is only text."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True)
@@ -48,134 +36,6 @@ class Encoded:
     def n_labels(self) -> int:
         """How many tokens are supervised."""
         return sum(label != IGNORE_INDEX for label in self.labels)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a rendered chat: a mark (one special token, by its text), words, or the place of an image."""
-
-    kind: Literal["mark", "words", "image"]
-    text: str = ""
-    supervised: bool = False
-
-
-def mark(text: str, supervised: bool = False) -> Piece:
-    """One special token."""
-    return Piece("mark", text, supervised)
-
-
-def words(text: str, supervised: bool = False) -> Piece:
-    """Plain text, in which nothing is special."""
-    return Piece("words", text, supervised)
-
-
-IMAGE = Piece("image", IMAGE_MARK)
-
-
-def place_image(text: str) -> str:
-    """Put the image of a one-image turn first, on a line of its own; several images stay where they are.
-
-    Source: preprocess_multimodal of LLaVA: marks deleted, text stripped, one mark and a newline in front.
-    """
-    if text.count(IMAGE_MARK) != 1:
-        return text
-    rest = text.replace(IMAGE_MARK, "").strip()
-    return f"{IMAGE_MARK}\n{rest}" if rest else IMAGE_MARK
-
-
-def user_pieces(text: str, with_images: bool) -> list[Piece]:
-    """A user's text as words and images; without images everything is words."""
-    if not with_images:
-        return [words(text)]
-    pieces: list[Piece] = []
-    for index, part in enumerate(place_image(text).split(IMAGE_MARK)):
-        pieces += [IMAGE] if index else []
-        pieces += [words(part)] if part else []
-    return pieces
-
-
-# -- templates: (turns, answer pieces, prompt?) -> pieces ------------------------------------------------------------------------------
-
-Render = Callable[[list[Turn], str, bool, str], list[Piece]]
-"""(turns without system, system prompt, with images, the tokenizer's end token) -> pieces; a final user turn ends in the answer's header."""
-
-
-def _vicuna(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
-    pieces = [words(f"{system} ")] if system else []
-    for turn in turns:
-        if turn.role == "user":
-            pieces += [words("USER: "), *user_pieces(turn.text, with_images), words(" ASSISTANT:")]
-        else:
-            pieces += [words(f" {turn.text}" if turn.text else "", True), mark(eos, True)]
-    return pieces
-
-
-def _llama_2(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
-    # Meta and LLaVA write <s> before every round; here there is one BOS, in front (law 8), as for every other template.
-    pieces: list[Piece] = []
-    for index, turn in enumerate(turns):
-        if turn.role == "user":
-            head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and index == 0 else ""
-            pieces += [words(f"[INST] {head}"), *user_pieces(turn.text, with_images), words(" [/INST]")]
-        else:
-            pieces += [words(f" {turn.text} " if turn.text else "", True), mark(eos, True)]
-    return pieces
-
-
-def _chatml(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
-    start, end = "<|im_start|>", "<|im_end|>"
-    pieces = [mark(start), words(f"system\n{system}"), mark(end)] if system else []
-    for turn in turns:
-        if turn.role == "user":
-            pieces += [mark(start), words("user\n"), *user_pieces(turn.text, with_images), mark(end), mark(start), words("assistant\n")]
-        else:
-            pieces += [words(turn.text, True), mark(end, True)]
-    return pieces
-
-
-def _plain(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
-    n_images = turns[0].text.count(IMAGE_MARK) if with_images else 0
-    if not n_images or len(turns) > 2:
-        raise DataError(
-            f"template 'plain' is image, then caption: it takes two turns with {IMAGE_MARK} in the first, given {len(turns)} turn(s) "
-            f"with {n_images} image(s) in the first. Take another template (vicuna_v1, llama_2, chatml, own) for conversations"
-        )
-    pieces = [IMAGE] * n_images  # the instruction's words are thrown away, as in LLaVA
-    return pieces + [words(f"{turn.text}\n", True) for turn in turns[1:]]
-
-
-@dataclass(frozen=True)
-class Template:
-    """How one family of chat models writes a chat.
-
-    Attributes:
-        render: Makes the pieces.
-        system: The system prompt used unless one is given.
-        marks: Special tokens that the tokenizer must have, besides its own end token.
-        end: The token that ends an answer; None is the tokenizer's end token, "\\n" (plain) is a text.
-    """
-
-    render: Render
-    system: str = ""
-    marks: tuple[str, ...] = ()
-    end: str | None = None
-
-
-TEMPLATES: dict[str, Template] = {
-    "plain": Template(_plain, end="\n"),
-    "vicuna_v1": Template(
-        _vicuna,
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    ),
-    "llama_2": Template(
-        _llama_2,
-        system="You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language.",
-    ),
-    "chatml": Template(_chatml, system="Answer the questions.", marks=("<|im_start|>", "<|im_end|>"), end="<|im_end|>"),
-}
-"""The templates of LLaVA (its system prompts: haotian-liu/LLaVA, llava/conversation.py, Apache-2.0). "own" is the tokenizer's own."""
 
 
 class ChatFormat:
@@ -198,7 +58,7 @@ class ChatFormat:
             raise ConfigError(f"{type(tokenizer).__name__} has no tokenizer.json behind it: load it with AutoTokenizer (a fast tokenizer)")
         self.tokenizer = tokenizer
         self.name = template
-        self.template = OwnTemplate(tokenizer).as_template() if template == "own" else find("chat template", _NAMES, template)
+        self.template = OwnTemplate(tokenizer).as_template() if template == "own" else find("chat template", TEMPLATES, template)
         self.system = self.template.system if system is None else system
         vocabulary = tokenizer.get_vocab()
         self._ids: dict[str, int] = {token: vocabulary[token] for token in self._known_marks(vocabulary, image_token)}
@@ -211,7 +71,7 @@ class ChatFormat:
         missing = [token for token in wanted if token not in vocabulary]
         if missing:
             raise ConfigError(
-                f"template {self.name!r} needs the token(s) {', '.join(map(repr, missing))}, which the tokenizer {_origin(self.tokenizer)} "
+                f"template {self.name!r} needs the token(s) {', '.join(map(repr, missing))}, which the tokenizer {origin(self.tokenizer)} "
                 f"does not have. Take template own, vicuna_v1 or llama_2, or add them with tokenizer.add_special_tokens"
             )
         return {token for token in [*wanted, *self.tokenizer.all_special_tokens] if token in vocabulary} - {image_token}
@@ -280,7 +140,7 @@ class ChatFormat:
                 f"{marks} {IMAGE_MARK} mark(s) in the user's turns, {n_images} image(s) given: write {IMAGE_MARK} once for each image"
             )
         if n_images and self.image_token_id is None:
-            raise ConfigError(f"the tokenizer {_origin(self.tokenizer)} has no {IMAGE_MARK} token: load it with llm_stage.llms.load_llm")
+            raise ConfigError(f"the tokenizer {origin(self.tokenizer)} has no {IMAGE_MARK} token: load it with llm_stage.llms.load_llm")
         return self.template.render(turns, system, n_images > 0, self.tokenizer.eos_token)
 
     def _encode_pieces(self, pieces: list[Piece], tokens_per_image: int) -> list[tuple[Piece, list[int]]]:
@@ -317,8 +177,9 @@ class ChatFormat:
         supervised = [label for label in encoded.labels if label != IGNORE_INDEX]
         if "probe" not in self.tokenizer.decode(supervised) or supervised[-1] not in self.stop_ids:
             raise ConfigError(
-                f"template {self.name!r} with the tokenizer {_origin(self.tokenizer)} supervises {self.tokenizer.decode(supervised)!r} for the "
-                f"answer 'probe': it must be the answer and then an end token ({self.tokenizer.convert_ids_to_tokens(self.stop_ids)}).\n"
+                f"template {self.name!r} with the tokenizer {origin(self.tokenizer)} supervises {self.tokenizer.decode(supervised)!r} "
+                f"for the answer 'probe': it must be the answer and then an end token "
+                f"({self.tokenizer.convert_ids_to_tokens(self.stop_ids)}).\n"
                 "  Put the answer and its end token into {% generation %} ... {% endgeneration %}, or take a template of mmkit: "
                 + ", ".join(TEMPLATES)
             )
@@ -347,10 +208,6 @@ def _runs(encoded: Encoded, image_id: int | None) -> list[tuple[bool, bool, list
         else:
             runs.append((*key, [token]))
     return runs
-
-
-def _origin(tokenizer: Any) -> str:
-    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
 
 
 class WordEncoder:
@@ -402,108 +259,3 @@ def _drop_prefix(state: dict[str, Any]) -> bool:
             elif step.get("type") == "Prepend":
                 first_only, step["prepend"] = False, ""
     return first_only
-
-
-# -- the tokenizer's own template ------------------------------------------------------------------------------------------------------
-
-_OPEN, _CLOSE = "\ue0b0", "\ue0b1"  # private use: stand-ins for the turns' texts, unlikely in any template
-
-
-class OwnTemplate:
-    """The tokenizer's chat template as pieces: rendered around stand-ins, so that no text of a turn is ever taken for markup.
-
-    Raises:
-        ValueError: The tokenizer has no chat template, or the template fails on a plain chat.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer {_origin(tokenizer)} has no chat template of its own: take one of {', '.join(TEMPLATES)} (--template vicuna_v1)"
-            )
-        self._tokenizer = tokenizer
-        self._jinja = tokenizer.get_chat_template()
-        self._marked = re.search(r"{%-?\s*generation\s*-?%}", self._jinja) is not None
-        vocabulary = tokenizer.get_vocab()
-        specials = {token for token in tokenizer.all_special_tokens if token in vocabulary}
-        self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
-        self._strips = " x " not in self._rendered([{"role": "user", "content": " x "}], False)[0]
-
-    def as_template(self) -> Template:
-        """This template with the end token it uses."""
-        pieces = self([Turn("user", "a"), Turn("assistant", "b")], "", False, self._tokenizer.eos_token)
-        ends = [piece.text for piece in pieces if piece.supervised and piece.kind == "mark"]
-        return Template(self, system="", end=ends[0] if ends else None)
-
-    def __call__(self, turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
-        """Pieces of the chat; see `Render`."""
-        spoken = [Turn("system", system), *turns] if system else turns
-        messages = [{"role": turn.role, "content": f"{_OPEN}{index}{_CLOSE}"} for index, turn in enumerate(spoken)]
-        text, spans = self._rendered(messages, spoken[-1].role == "user")
-        pieces: list[Piece] = []
-        position = 0
-        for match in re.finditer(f"{_OPEN}(\\d+){_CLOSE}", text):
-            turn = spoken[int(match[1])]
-            pieces += self._markup(text, position, match.start(), spans)
-            content = turn.text.strip() if self._strips else turn.text
-            if turn.role == "assistant":
-                pieces += [words(self._take_blank(pieces) + content, True)]
-            else:
-                pieces += user_pieces(content, with_images and turn.role == "user")
-            position = match.end()
-        pieces += self._markup(text, position, len(text), spans)
-        if spoken[-1].role == "user":
-            self._take_blank(pieces)
-        return pieces if self._marked else _with_ends(pieces)
-
-    def _rendered(self, messages: list[dict[str, str]], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._jinja,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # jinja: whatever the template's author raises
-            roles = ", ".join(message["role"] for message in messages)
-            raise ConfigError(f"the chat template of {_origin(self._tokenizer)} refuses a chat of the roles {roles}: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if self._marked and spans else []
-
-    def _markup(self, text: str, start: int, end: int, spans: list[tuple[int, int]]) -> list[Piece]:
-        """The template's own text between two turns, cut at special tokens and at the edges of generation marks."""
-        edges = sorted({start, end, *(edge for span in spans for edge in span if start < edge < end)})
-        pieces: list[Piece] = []
-        for left, right in zip(edges, edges[1:], strict=False):
-            supervised = any(a <= left and right <= b for a, b in spans)
-            position = left
-            for match in self._specials.finditer(text, left, right):
-                pieces += [words(text[position : match.start()], supervised), mark(match[0], supervised)]
-                position = match.end()
-            pieces.append(words(text[position:right], supervised))
-        return [piece for piece in pieces if piece.text]
-
-    @staticmethod
-    def _take_blank(pieces: list[Piece]) -> str:
-        """A blank before an answer belongs to the answer: tokenizers join it to the first word, and a prompt must end without it."""
-        if pieces and pieces[-1].kind == "words" and pieces[-1].text.endswith(" "):
-            pieces[-1] = replace(pieces[-1], text=pieces[-1].text[:-1])
-            return " "
-        return ""
-
-
-def _with_ends(pieces: list[Piece]) -> list[Piece]:
-    """Supervise, after each answer, everything up to and with the first special token (for templates without generation marks)."""
-    marked: list[Piece] = []
-    open_answer = False
-    for piece in pieces:
-        if open_answer and not piece.supervised:
-            open_answer = piece.kind == "words"
-            piece = replace(piece, supervised=piece.kind != "image")
-        elif piece.supervised:
-            open_answer = True
-        marked.append(piece)
-    return marked
-
-
-_NAMES: dict[str, Template] = dict(TEMPLATES)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK, ChatFormat, Encoded, Role, Turn
+from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK, ChatFormat, Encoded, Turn
+from llm_stage.chat_templates import Role
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageSpec, open_image
 
@@ -84,8 +85,8 @@ def _loads(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
-            f"{path} is not valid JSON: line {line}, column {error.colno}: {error.msg}. Repair the file or fetch it again; it should be a list of "
-            "rows, or one row per line"
+            f"{path} is not valid JSON: line {line}, column {error.colno}: {error.msg}. Repair the file or fetch it "
+            "again; it should be a list of rows, or one row per line"
         ) from error
 
 
@@ -270,7 +271,7 @@ def encode_within(item: Conversation, chat_format: ChatFormat, tokens_per_image:
             return encoded, rounds
     else:
         raise DataError(
-            f"{item.where}: its first round alone has {len(encoded)} tokens ({n_images * tokens_per_image} of images, which are never cut), "
+            f"{item.where}: its first round alone has {len(encoded)} tokens ({n_images * tokens_per_image} of images, never cut), "
             f"max_length is {max_length}: set it to at least {len(encoded)} (the whole row takes {full}), or take the row out"
         )
     raise DataError(

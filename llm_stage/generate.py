@@ -110,7 +110,7 @@ class ChatModel:
         elif processor.chat_template or processor.tokenizer.chat_template:
             chat_format = None
         else:
-            raise ConfigError(f"{folder} has no chat template; say which it was trained with: template='vicuna_v1' (or llama_2, chatml, plain)")
+            raise ConfigError(f"{folder} has no chat template; say what it was trained with: template='vicuna_v1' (llama_2, chatml, plain)")
         resolved = folder.resolve()
         name = name or (resolved.parent.name if resolved.name == "model" else resolved.name)
         return cls(model.to(device), processor, chat_format, name, card)
@@ -199,10 +199,9 @@ class ChatModel:
         def work() -> None:
             try:
                 with _seeded(seed, settings.do_sample):
-                    self.model.generate(
-                        **inputs, generation_config=settings, streamer=streamer, stopping_criteria=StoppingCriteriaList([_StopWhenSet(stop)])
-                    )
-            except BaseException as error:                         # goes to the caller, below: a thread's own error would be lost
+                    criteria = StoppingCriteriaList([_StopWhenSet(stop)])
+                    self.model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=criteria)
+            except BaseException as error:  # goes to the caller, below: a thread's own error would be lost
                 failure.append(error)
                 streamer.end()
 
@@ -256,7 +255,7 @@ class ChatModel:
         messages = []
         for turn in turns:
             if count == 0 and IMAGE_MARK in turn.text:
-                raise DataError(f"the text says {IMAGE_MARK} and there is no image: this folder's template cannot tell it from a placeholder")
+                raise DataError(f"the text says {IMAGE_MARK} and there is no image: this folder's template takes it for a placeholder")
             pieces = turn.text.split(IMAGE_MARK) if turn.role == "user" else [turn.text]
             content: list[dict[str, str]] = []
             for index, piece in enumerate(pieces):
@@ -297,8 +296,8 @@ class ChatModel:
     def _settings(self, max_new_tokens: int, temperature: float, top_p: float, longest: int) -> GenerationConfig:
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ConfigError(
-                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, top_p in (0, 1], "
-                "max_new_tokens at least 1"
+                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, "
+                "top_p in (0, 1], max_new_tokens at least 1"
             )
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         room = max_new_tokens if not limit else min(max_new_tokens, limit - longest)
@@ -375,4 +374,3 @@ def _trimmed(pieces: Iterator[str]) -> Iterator[str]:
         if kept:
             begun = True
             yield kept
-

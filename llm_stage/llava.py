@@ -186,7 +186,7 @@ def _assemble(config: LlavaConfig, tower: PreTrainedModel, language: PreTrainedM
             raise ConfigError(f"{type(given).__name__} as {name}, but its config says {expected.__name__}, which a saved folder would load")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = LlavaMultiModalProjector(config)               # nn.Linear's own initialisation, as LLaVA
+        projector = LlavaMultiModalProjector(config)  # nn.Linear's own initialisation, as LLaVA
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.model.multi_modal_projector = projector
@@ -247,9 +247,10 @@ def check_image_tokens(model: LlavaForConditionalGeneration, processor: LlavaPro
         features = len(model.get_image_features(pixels, return_dict=True).pooler_output[0])
     if not placeholders == features == model.config.image_seq_length:
         raise ConfigError(
-            f"the processor writes {placeholders} image tokens, the tower gives {features}, the config says {model.config.image_seq_length}: "
-            f"patch_size {processor.patch_size}, num_additional_image_tokens {processor.num_additional_image_tokens} and feature select "
-            f"{processor.vision_feature_select_strategy!r} of the processor have to fit the tower"
+            f"the processor writes {placeholders} image tokens, the tower gives {features}, the config says "
+            f"{model.config.image_seq_length}: patch_size {processor.patch_size}, num_additional_image_tokens "
+            f"{processor.num_additional_image_tokens} and feature select {processor.vision_feature_select_strategy!r} of the processor "
+            "have to fit the tower"
         )
     return features
 
@@ -265,7 +266,7 @@ def freeze_tower(model: LlavaForConditionalGeneration) -> nn.Module:
     The third is needed because peft and gradient checkpointing hook the tower's first layer, and a frozen tower then builds a graph.
     """
     tower = freeze(model.model.vision_tower)
-    tower.forward = partial(_without_graph, tower)                 # a partial survives deepcopy and pickle; save_pretrained never sees it
+    tower.forward = partial(_without_graph, tower)  # a partial survives deepcopy and pickle; save_pretrained never sees it
     return tower
 
 
@@ -302,7 +303,7 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
         DataError: A row's placeholders are not whole images, their sum is not the images given, or no token is supervised.
     """
     labels = batch["labels"]
-    keep = torch.zeros_like(labels, dtype=torch.bool)              # [B, L]: position i predicts label i + 1
+    keep = torch.zeros_like(labels, dtype=torch.bool)  # [B, L]: position i predicts label i + 1
     keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     count = int(keep.sum())
     if not count:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -146,7 +147,7 @@ def save_adapter(
         # the embeddings are never trained here; "auto" would ask the hub for the base model's config to find out
         extra = {} if state is None else {"state_dict": dict(state)}
         model.save_pretrained(work, save_embedding_layers=False, **extra)
-        (work / "README.md").unlink(missing_ok=True)               # peft's blank form of a model card
+        (work / "README.md").unlink(missing_ok=True)  # peft's blank form of a model card
         processor.save_pretrained(work)
         card.write(work, Path(folder))
     return Path(folder)
@@ -196,20 +197,23 @@ def _load_whole(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGenerati
     except ValueError as error:
         raise DataError(f"{config} is not JSON: {error}") from error
     if kind != "llava":
-        raise ConfigError(f"{config} says model_type {kind!r}; here a LLaVA is needed ('llava'). An encoder or an LLM goes into train_llava.py")
+        raise ConfigError(f"{config} says model_type {kind!r}; here a LLaVA is needed. Encoders and LLMs go into train_llava.py")
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError) as error:                       # RuntimeError: misshapen weights
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: misshapen weights
         raise DataError(f"the weights in {folder} could not be loaded: {error}") from error
     _refuse_gaps(info, str(folder))
     return model.eval()
 
 
 def _refuse_gaps(info: Mapping[str, Any], source: str) -> None:
-    gaps = {name: sorted(map(str, info.get(name) or [])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
-    said = [f"{len(names)} {kind.split('_')[0]} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for kind, names in gaps.items() if names]
+    said = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = sorted(map(str, info.get(kind) or []))
+        if names:
+            said.append(f"{len(names)} {kind.split('_')[0]} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})")
     if said:
-        raise DataError(f"the weights in {source} do not fill its config.json: {'; '.join(said)}. Take the files of one model, all shards of it")
+        raise DataError(f"the weights in {source} do not fill its config.json: {'; '.join(said)}. Take all files of one model")
 
 
 def _load_processor(folder: Path) -> LlavaProcessor:
@@ -218,13 +222,15 @@ def _load_processor(folder: Path) -> LlavaProcessor:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} has no processor that loads: {str(error).splitlines()[0]}") from error
     if not isinstance(processor, LlavaProcessor):
-        raise ConfigError(f"the processor in {folder} is a {type(processor).__name__}; a LlavaProcessor was expected (processor_config.json)")
+        raise ConfigError(
+            f"the processor in {folder} is a {type(processor).__name__}, by its processor_config.json; a LlavaProcessor is needed"
+        )
     return processor
 
 
 def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tower = load_encoder(card.encoder)
-    found = weights_hash(tower)                                    # before the cast to dtype
+    found = weights_hash(tower)  # before the cast to dtype
     if found != card.encoder_hash:
         raise DataError(
             f"{folder} was trained with an encoder whose weights hash to {card.encoder_hash[:12]}; {card.encoder} now has {found[:12]}. "
@@ -263,5 +269,3 @@ def load_projector(model: LlavaForConditionalGeneration, folder: Path | str) -> 
         )
     load_strict(projector, state, str(path))
     return card
-
-

@@ -85,7 +85,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float16)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float16)
     finally:
         enable_progress_bar()
     del model.config.quantization_config  # it is dequantised: nothing of GGUF is left in the folder
@@ -142,7 +142,8 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
     source = llm_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises all three for files that are not what they should be
         raise ConfigError(
             f"the language model '{name}' could not be loaded from {source}: {str(error).splitlines()[0]}\n"
@@ -152,7 +153,7 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
     if info["missing_keys"]:
         names = sorted(map(str, info["missing_keys"]))
         raise ConfigError(
-            f"the weights in {source} do not fill the config beside them: {len(names)} tensors are missing, such as {', '.join(names[:3])}. "
+            f"the weights in {source} do not fill the config beside them: {len(names)} tensors missing, such as {', '.join(names[:3])}. "
             "Take all files from one model"
         )
     if tokenizer.pad_token is None:
@@ -161,7 +162,7 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
     return model, tokenizer
 
 
-def add_image_token(model: PreTrainedModel, tokenizer: Any) -> int:
+def add_image_token(model: Any, tokenizer: Any) -> int:
     """Make `<image>` one special token inside the vocabulary; embeddings grow only if the id would lie outside.
 
     A new row is the mean of the others: a placeholder that looks like no word in particular, and the same in every run.

@@ -34,7 +34,7 @@ from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
-from mmkit.trainable import freeze, trainable_table, weights_hash
+from mmkit.trainable import trainable_table, weights_hash
 
 RECIPES = Path(__file__).parent / "recipes"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,7 +74,7 @@ class LlavaSettings:
     pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
     projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
     feature_layer: int = field(default=-2, metadata={"help": "hidden state of the encoder that is read"})
-    select: Literal["auto", "default", "full"] = field(default="auto", metadata={"help": "default drops the CLS token, full keeps every token"})
+    select: Literal["auto", "default", "full"] = field(default="auto", metadata={"help": "default drops the CLS token, full keeps all"})
     template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
     system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
     lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         The run folder; the result is in its `model/`, which `ChatModel.load` takes.
     """
     settings = load_config(LlavaSettings, argv, recipe_dir=RECIPES)
-    parts = assemble(settings)                                     # before the run folder is made: a wrong name leaves nothing behind
+    parts = assemble(settings)  # before the run folder is made: a wrong name leaves nothing behind
     dataset = make_dataset(settings, parts)
     model: Any = parts.model
     set_stage(model, train_llm=settings.stage == 2)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss, _ = supervised_loss(wrapped, batch)
         run.backward(loss)
         run.log(loss=loss)
-    state = run.accelerator.get_state_dict(wrapped)                # all ranks: ZeRO-3 gathers
+    state = run.accelerator.get_state_dict(wrapped)  # all ranks: ZeRO-3 gathers
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
@@ -181,7 +181,7 @@ def assemble(settings: LlavaSettings) -> Parts:
     origins = {"vision_tower": settings.encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
         card = _agree(card, settings)
-        origins = {**origins, "vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
+        origins = {"vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
     tower = load_encoder(card.encoder)
     card = replace(card, encoder_hash=weights_hash(tower), encoder_card=_describe(tower, card.encoder))
     language, tokenizer = load_llm(card.llm, DTYPES[settings.weights])
@@ -229,7 +229,9 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
         found = check(data.json, data.images or None, parts.chat_format, model.config.image_seq_length, data.max_length, decode=False)
         print(f"{data.json}: {found}", flush=True)
         if found.bad and data.on_bad_sample == "error":
-            raise DataError(f"{len(found.bad)} of {found.rows} rows are bad, the first: {found.bad[0]}\n  --on_bad_sample skip leaves them out, counted")
+            raise DataError(
+                f"{len(found.bad)} of {found.rows} rows are bad, the first: {found.bad[0]}\n  --on_bad_sample skip leaves them out, counted"
+            )
     return ConversationDataset(
         settings.data.json, settings.data.images, parts.chat_format, tower_geometry(model.model.vision_tower).spec,
         model.config.image_seq_length, settings.data.max_length, settings.data.on_bad_sample,
@@ -248,10 +250,10 @@ def checkpoint_llm(model: LlavaForConditionalGeneration) -> None:
     """Recompute the LLM's layers in the backward pass. Not the tower's: it has none."""
     llm = model.model.language_model
     llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    llm.__dict__.pop("train", None)                                # stage 1 froze it in eval mode, in which nothing is recomputed
+    llm.__dict__.pop("train", None)  # stage 1 froze it in eval mode, in which nothing is recomputed
     dropouts = [name for name, module in llm.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     if not any(parameter.requires_grad for parameter in llm.parameters()) and (dropouts or getattr(llm.config, "attention_dropout", 0)):
-        raise ConfigError("gradient_checkpointing wakes the LLM's dropout in stage 1, where it is frozen: set its dropout to 0 or switch this off")
+        raise ConfigError("gradient_checkpointing would wake the frozen LLM's dropout in stage 1: set its dropout to 0, or switch this off")
 
 
 def add_lora(model: LlavaForConditionalGeneration, settings: LlavaSettings) -> PeftModel:
@@ -281,7 +283,7 @@ def frozen_hashes(parts: Parts, settings: LlavaSettings) -> dict[str, str]:
     inner = parts.model.model
     frozen = {"vision_tower": inner.vision_tower, **({"language_model": inner.language_model} if settings.stage == 1 else {})}
     if any(hasattr(parameter, "ds_id") for parameter in parts.model.parameters()):
-        return {}                                                  # ZeRO-3 holds a share of each tensor on each rank
+        return {}  # ZeRO-3 holds a share of each tensor on each rank
     return {name: weights_hash(part) for name, part in frozen.items()}
 
 
@@ -293,7 +295,7 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str], same_dtype
     """
     changed = [name for name in after if same_dtype and before.get(name) not in (None, after[name])]
     if changed:
-        raise DataError(f"{', '.join(changed)} changed during a training in which it is frozen: the result is not saved; the checkpoints are there")
+        raise DataError(f"{', '.join(changed)} changed during a training in which it is frozen: not saved; the checkpoints are there")
 
 
 def check_saving(model: Any, parts: Parts, settings: LlavaSettings, batch: dict[str, Any], folder: Path) -> None:
@@ -314,15 +316,13 @@ def check_saving(model: Any, parts: Parts, settings: LlavaSettings, batch: dict[
             before, after = float(supervised_loss(model, batch)[0]), float(supervised_loss(again, batch)[0])
         for module, mode in training.items():
             module.training = mode
-        if abs(before - after) > 1e-4 * max(1.0, abs(before)):     # the same weights on the same device: equal up to the order of sums
+        if abs(before - after) > 1e-4 * max(1.0, abs(before)):  # the same weights on the same device: equal up to the order of sums
             raise DataError(f"the model saved and loaded at step 0 has loss {after:.6f} instead of {before:.6f}: it is not what was saved")
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
 
-def save_result(
-    model: Any, parts: Parts, settings: LlavaSettings, folder: Path, state: Mapping[str, Tensor] | None, step: int
-) -> None:
+def save_result(model: Any, parts: Parts, settings: LlavaSettings, folder: Path, state: Mapping[str, Tensor] | None, step: int) -> None:
     """Write the stage's result; see llava_folder for the three kinds."""
     card = replace(parts.card, training={"data": Path(settings.data.json).name, "steps": step, "seed": settings.run.seed})
     if settings.stage == 1:

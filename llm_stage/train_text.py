@@ -40,8 +40,10 @@ class DataConfig:
 
     world: int = field(default=0, metadata={"help": "chats in an epoch about the embedded world, drawn on the fly"})
     world_shares: list[float] = field(
-        default_factory=lambda: list(SHARES), metadata={"help": "how often a scene is told as cells, grid, loose, describe, facts"}
+        default_factory=lambda: list(SHARES),
+        metadata={"help": "how often a chat is of each form: cells, loose, describe, facts, read, repeat"},
     )
+    heard: float = field(default=0.5, metadata={"help": "share of the world's chats in which the user's words are supervised too"})
     json: str = field(default="", metadata={"help": "a LLaVA JSON or JSONL file of text-only chats"})
     max_length: int = field(default=1024, metadata={"help": "tokens; whole rounds beyond it are left out"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists bad rows"})
@@ -57,6 +59,7 @@ class ModelConfig:
     layers: int = 5
     heads: int = 4
     intermediate_size: int = 704
+    mimetic: bool = field(default=True, metadata={"help": "a new model's attention begins as finding and copying the same word"})
 
 
 @dataclass
@@ -107,7 +110,26 @@ def new_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, Any]:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if config.mimetic:
+        mimetic_init(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def mimetic_init(model: LlamaForCausalLM) -> None:
+    """Let attention begin as "find the same word and pass it on": keys equal queries, and value then output is a small identity.
+
+    Answering about a scene is finding and copying words, which random weights learn only after many millions of tokens.
+
+    Source: Mimetic Initialization of Self-Attention Layers (Trockman and Kolter, 2023). Their value-output product is a negative identity,
+    for classification; copying with tied embeddings wants a positive one.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        torch.nn.init.normal_(attention.q_proj.weight, std=0.04)   # the same word scores about 3 above others, before position turns it
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        torch.nn.init.orthogonal_(attention.v_proj.weight, gain=0.3)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 class Collate:
@@ -143,7 +165,7 @@ class Collate:
 
 def embed(model: PreTrainedModel, batch: dict[str, Tensor], noise: float = 0.0) -> Tensor:
     """Embeddings [B, T, D], the placeholders holding the weighted mean of their words', as a projector would write them."""
-    table = model.get_input_embeddings()
+    table: Any = model.get_input_embeddings()
     embedded = table(batch["input_ids"])
     if len(batch["cell_ids"]) == 0:
         return embedded
@@ -161,7 +183,8 @@ def predictions(model: PreTrainedModel, batch: dict[str, Tensor], noise: float =
     hidden = model.base_model(
         inputs_embeds=embedded, use_cache=False
     ).last_hidden_state  # right padding: no mask needed, the future is hidden
-    return model.get_output_embeddings()(hidden[:, :-1][keep]), batch["labels"][:, 1:][keep]
+    head: Any = model.get_output_embeddings()
+    return head(hidden[:, :-1][keep]), batch["labels"][:, 1:][keep]
 
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor], noise: float = 0.0) -> Tensor:
@@ -203,7 +226,7 @@ def accuracy(
             answers: list[bool] = []
             for before, now in zip([False, *row], row, strict=False):
                 if now:
-                    answers = answers[:-1] + [answers[-1] and right[position]] if before else [*answers, right[position]]
+                    answers = [*answers[:-1], answers[-1] and right[position]] if before else [*answers, right[position]]
                     position += 1
             for kind, ok in zip(chat.kinds, answers, strict=True):
                 found.setdefault(kind, []).append(ok)
@@ -214,7 +237,8 @@ def accuracy(
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write an ordinary Hugging Face folder at once, weights in `dtype`."""
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    head = "lm_head.weight" if model.config.tie_word_embeddings else None  # the embedding's own tensor: once in the file is enough
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != head}
     with atomic_folder(folder, overwrite=True) as work:
         model.config.dtype = dtype
         model.save_pretrained(work, state_dict=state)
@@ -229,7 +253,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         model, tokenizer = new_model(settings.model, settings.run.seed)
     chat_format = ChatFormat(tokenizer, settings.template)
-    world = WorldText(chat_format, settings.data.world, settings.run.seed, settings.data.world_shares) if settings.data.world else None
+    world = (
+        WorldText(chat_format, settings.data.world, settings.run.seed, settings.data.world_shares, settings.data.heard)
+        if settings.data.world
+        else None
+    )
     dataset: Any = world or ConversationDataset(
         settings.data.json, None, chat_format, max_length=settings.data.max_length, on_bad_sample=settings.data.on_bad_sample
     )

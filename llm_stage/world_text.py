@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llm_stage.chat_format import IMAGE_MARK, ChatFormat, Turn
+from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK, ChatFormat, Turn
 from mmkit.minidata import language, names, world
 from mmkit.minidata.scene import Scene, place_of
 
@@ -102,9 +102,13 @@ class Chat:
 Exchange = tuple[str, str, str]
 """Kind of question, question, answer."""
 
-FORMS = ("cells", "grid", "loose", "describe", "facts")
-"""How a scene is told: in image placeholders, as a grid of words, as loose words with places, in sentences; or no scene at all."""
-SHARES = (0.68, 0.02, 0.1, 0.1, 0.1)
+FORMS = ("cells", "loose", "describe", "facts", "read", "repeat")
+"""How a scene is told: in image placeholders, as loose words with places, in sentences. Then chats without questions about a scene: facts;
+the words of all placeholders read out one by one; a list of words said again. The last two are nothing but copying, which is what answering
+about a picture begins with, and which a small model learns late from answers of one word."""
+SHARES = (0.47, 0.1, 0.1, 0.08, 0.2, 0.05)
+READ_PROMPT = "read the cells of the picture."
+REPEAT_PROMPT = "repeat:"
 
 
 class WorldText:
@@ -115,6 +119,7 @@ class WorldText:
         length: Chats in an epoch.
         seed: Of everything.
         shares: How often each of `FORMS` is used.
+        heard: Share of the chats in which the user's words are supervised too: four times the labels, and half of those copy as well.
         budget: Tokens of a chat, about: questions are added while they fit. Chats of one length waste nothing on padding.
     """
 
@@ -124,9 +129,10 @@ class WorldText:
         length: int,
         seed: int = 0,
         shares: Sequence[float] = SHARES,
+        heard: float = 0.5,
         budget: int = 128,
     ) -> None:
-        self.chat_format, self.length, self.seed, self.budget = chat_format, length, seed, budget
+        self.chat_format, self.length, self.seed, self.heard, self.budget = chat_format, length, seed, heard, budget
         self.shares = np.asarray(shares, dtype=float) / sum(shares)
         self._words: dict[str, list[int]] = {}
         # All names, also those whose drawings are kept back: a language model knows words whose pictures it has never seen.
@@ -139,7 +145,11 @@ class WorldText:
     def get(self, epoch: int, index: int) -> dict[str, Any]:
         """One chat: "input_ids", "labels", and "cells", for each placeholder its [(token id, weight), ...]."""
         rng = np.random.default_rng((self.seed, epoch, index))
-        return self.encode(self.chat(rng, FORMS[int(rng.choice(len(FORMS), p=self.shares))]))
+        item = self.encode(self.chat(rng, FORMS[int(rng.choice(len(FORMS), p=self.shares))]))
+        if rng.random() < self.heard:
+            image = self.chat_format.image_token_id
+            item["labels"] = [IGNORE_INDEX if token == image else token for token in item["input_ids"]]
+        return item
 
     def encode(self, chat: Chat) -> dict[str, Any]:
         """Token ids and labels of a chat, and the words in its placeholders as token ids."""
@@ -161,7 +171,14 @@ class WorldText:
             spoken = [turn["value"] for _ in range(8) for turn in language.text_conversation(rng, self.names)]
             exchanges = self._fitting([("facts", *pair) for pair in zip(spoken[::2], spoken[1::2], strict=True)], 0)
             return Chat(_turns(exchanges, ""), [], [kind for kind, _, _ in exchanges])
+        if form == "repeat":
+            said = ", ".join(self._any_words(rng, int(rng.integers(4, 14))))
+            return Chat([Turn("user", f"{REPEAT_PROMPT}\n{said}"), Turn("assistant", said)], [], ["repeat"])
         scene = world.sample_scene(rng, self.names, None, 0.25)
+        if form == "read":
+            told = cells_of(scene) if rng.random() < 0.6 else [[word] for word in self._any_words(rng, GRID * GRID)]
+            turns = [Turn("user", f"{IMAGE_MARK}\n{READ_PROMPT}"), Turn("assistant", " ".join(cell[0] for cell in told))]
+            return Chat(turns, self._weighted(told, rng), ["read"])
         head, cells = self.told(scene, rng, form)
         exchanges = self._fitting(self._exchanges(scene, rng), len(cells) or len(self._ids(head)))
         return Chat(_turns(exchanges, f"{head}\n"), cells, [kind for kind, _, _ in exchanges])
@@ -187,16 +204,20 @@ class WorldText:
             ]
             things += [scene.background] + ([f"'{scene.word.text}'"] if scene.word is not None else [])
             return ", ".join(things[int(i)] for i in rng.permutation(len(things))), []
-        cells = cells_of(scene)
-        if form == "grid":
-            return ", ".join(cell[0] for cell in cells), []
+        return IMAGE_MARK, self._weighted(cells_of(scene), rng)
+
+    def _weighted(self, cells: list[list[str]], rng: np.random.Generator) -> list[list[tuple[str, float]]]:
+        """Words with their weights: what a cell is weighs most; in half of the pictures each cell also says where it is."""
         with_places = rng.random() < 0.5
         told = []
         for cell, place in zip(cells, self._places, strict=True):
-            weights = rng.uniform(0.5, 1.0, len(cell) + 1)
-            words = [(text, float(weight)) for text, weight in zip(cell, weights, strict=False)]
-            told.append([*words, (place, float(weights[-1]) / 2)] if with_places else words)
-        return IMAGE_MARK, told
+            words = [(text, 1.0 if index == 0 else float(rng.uniform(0.3, 0.7))) for index, text in enumerate(cell)]
+            told.append([*words, (place, 0.3)] if with_places else words)
+        return told
+
+    def _any_words(self, rng: np.random.Generator, count: int) -> list[str]:
+        pool = [*self.names, *world.COLOURS, *world.WORDS]
+        return [pool[int(index)] for index in rng.integers(len(pool), size=count)]
 
     def _exchanges(self, scene: Scene, rng: np.random.Generator) -> list[Exchange]:
         asked = language.questions(scene, rng, self.names)

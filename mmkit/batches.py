@@ -38,10 +38,7 @@ def dataset_length(dataset: Any) -> int:
     Raises:
         DataError: It is empty.
     """
-    if hasattr(dataset, "order"):
-        length = len(dataset.order(0))
-    else:
-        length = int(dataset.length) if hasattr(dataset, "length") else len(dataset)
+    length = len(dataset.order(0)) if hasattr(dataset, "order") else int(getattr(dataset, "length", 0)) or len(dataset)
     if length < 1:
         raise DataError(f"the data set ({type(dataset).__name__}) is empty: there is nothing to train on")
     return length
@@ -80,7 +77,9 @@ class StreamOrder:
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.length)
         if epoch not in self._orders:
-            self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}  # a batch may reach into the next epoch
+            self._orders = {
+                kept: order for kept, order in self._orders.items() if kept == epoch - 1
+            }  # a batch may reach into the next epoch
             self._orders[epoch] = self._order(epoch)
         return epoch, int(self._orders[epoch][place])
 
@@ -88,11 +87,12 @@ class StreamOrder:
         if hasattr(self.dataset, "order"):
             order: Sequence[int] = self.dataset.order(epoch)
             if len(order) != self.length:
-                raise DataError(f"{type(self.dataset).__name__}.order({epoch}) has {len(order)} items, order(0) has {self.length}: it must stay the same")
+                raise DataError(
+                    f"{type(self.dataset).__name__}.order({epoch}) has {len(order)} items, order(0) {self.length}: they must be as many"
+                )
             return order
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        permutation: Sequence[int] = torch.randperm(self.length, generator=generator).numpy()
-        return permutation
+        return torch.randperm(self.length, generator=generator).tolist()
 
 
 class _MicroBatches:
@@ -137,7 +137,7 @@ class _Fetch(Dataset[Any]):
             items = [self._item(epoch, index) for epoch, index in positions]
             kept = [item for item in items if item is not None]
             if not kept:
-                raise DataError(f"all {len(items)} samples of a micro-batch were skipped, the last being item {positions[-1][1]}: is the data set broken?")
+                raise DataError(f"all {len(items)} samples of a micro-batch were skipped, the last being item {positions[-1][1]}")
             return [MicroBatch(self.collate(kept), len(kept), len(items) - len(kept))]
         except (MMKitError, OSError) as error:
             return [MicroBatch(error=error)]
@@ -160,7 +160,14 @@ def _ignore_interrupt(_: int) -> None:
 
 
 def micro_batches(
-    dataset: Any, collate: Collate, order: StreamOrder, layout: Layout, first_step: int, steps: int, num_workers: int = 0, pin_memory: bool = False
+    dataset: Any,
+    collate: Collate,
+    order: StreamOrder,
+    layout: Layout,
+    first_step: int,
+    steps: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
     """Give the micro-batches of one rank from `first_step` on, in order.
 
@@ -172,7 +179,7 @@ def micro_batches(
         raise ConfigError(f"num_workers is {num_workers}; 0 loads in the main process, N in N others")
     loader: DataLoader[Any] = DataLoader(
         _Fetch(dataset, collate, order.seed),
-        batch_sampler=_MicroBatches(order, layout, first_step, steps),  # type: ignore[arg-type]  # lists of pairs, not of numbers
+        batch_sampler=_MicroBatches(order, layout, first_step, steps),
         collate_fn=_only,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -141,7 +142,9 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
             return load_file(str(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is no whole weight file ({str(error).splitlines()[0] if str(error) else type(error).__name__}); get it again") from error
+        raise DataError(
+            f"{path} is no whole weight file ({str(error).splitlines()[0] if str(error) else type(error).__name__}); get it again"
+        ) from error
     if not isinstance(state, dict):
         raise DataError(f"{path} holds a {type(state).__name__}, not a table of tensors")
     return state
@@ -175,9 +178,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def _listing(what: str, names: Sequence[str], total: int) -> list[str]:
     if not names:
         return []
-    prefix = os.path.commonprefix(list(names))
-    prefix = prefix[: prefix.rfind(".") + 1]
-    under = f", all under {prefix.rstrip('.')}" if prefix and len(names) > 1 else ""
+    shared = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names), strict=False)))
+    under = f", all under {'.'.join(parts[0] for parts in shared)}" if shared and len(names) > 1 else ""
     return [f"  {len(names)} of {total} tensors {what}{under}: {_some(names)}"]
 
 

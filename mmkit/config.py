@@ -120,7 +120,7 @@ def cli_entry(main: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-# ---- the tree of fields -------------------------------------------------------------------------------------------------------------------
+# ---- the tree of fields ------------------------------------------------------------------------------------------------------------------
 
 
 def _leaves(cls: Any, prefix: str = "", defaults: Any = None) -> dict[str, Leaf]:
@@ -188,7 +188,11 @@ def _resolve(cls: Any, leaves: Mapping[str, Leaf], key: str, source: str) -> tup
 
 
 def _holds_dict(kind: Any) -> bool:
-    return kind is dict or get_origin(kind) is dict or any(_holds_dict(part) for part in get_args(kind) if get_origin(kind) in (Union, types.UnionType))
+    return (
+        kind is dict
+        or get_origin(kind) is dict
+        or any(_holds_dict(part) for part in get_args(kind) if get_origin(kind) in (Union, types.UnionType))
+    )
 
 
 def _set(cls: Any, leaves: dict[str, Leaf], key: str, value: Any, source: str, from_text: bool = False) -> None:
@@ -207,7 +211,7 @@ def _set(cls: Any, leaves: dict[str, Leaf], key: str, value: Any, source: str, f
     leaf.source = source
 
 
-# ---- sources ------------------------------------------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> list[tuple[str, Any]]:
@@ -224,20 +228,29 @@ def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> li
                 words.pop(0)
             continue
         if not equals:
-            bool_flag = key != "recipe" and not (resolved := _resolve(cls, leaves, key, "command line"))[1] and _takes_bool(resolved[0].kind)
+            bool_flag = _takes_bool(key, cls, leaves)
             follows = bool(words) and not words[0].startswith("--")
             if bool_flag and not (follows and words[0].lower() in ("true", "false", "1", "0", "yes", "no")):
                 value = "true"
             elif follows:
                 value = words.pop(0)
+            elif bool_flag is None:
+                value = "true"
             else:
                 raise ConfigError(f"--{key} (command line) has no value")
         flags.append((key, value))
     return flags
 
 
-def _takes_bool(kind: Any) -> bool:
-    return kind is bool or bool in get_args(kind)
+def _takes_bool(key: str, cls: Any, leaves: Mapping[str, Leaf]) -> bool | None:
+    """Tell whether a flag may stand alone. None is an unknown key: `_set` refuses it, when the recipe has been read too."""
+    if key == "recipe":
+        return False
+    try:
+        leaf, inside = _resolve(cls, leaves, key, "command line")
+    except ConfigError:
+        return None
+    return not inside and (leaf.kind is bool or bool in get_args(leaf.kind))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -266,7 +279,7 @@ def _flatten(data: Mapping[Any, Any], leaves: Mapping[str, Leaf], cls: Any, sour
     return pairs
 
 
-# ---- values -------------------------------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------------------------------------
 
 
 def coerce(value: Any, kind: Any, where: str, from_text: bool = False) -> Any:
@@ -287,7 +300,7 @@ def coerce(value: Any, kind: Any, where: str, from_text: bool = False) -> Any:
         return _coerce_union(value, args, where, from_text)
     if origin is Literal:
         for choice in args:
-            if value == choice and type(value) is type(choice) or (isinstance(value, str) and value == str(choice)):
+            if (value == choice and type(value) is type(choice)) or (isinstance(value, str) and value == str(choice)):
                 return choice
         raise ConfigError(f"{where} is {value!r}; it may be {', '.join(str(choice) for choice in args)}")
     if kind in (str, Path):
@@ -340,9 +353,10 @@ def _coerce_number(value: Any, kind: Any, where: str) -> Any:
         raise _wrong(value, kind, where) from None
     if kind is float:
         return number
-    if number != int(number) if abs(number) < float("inf") else True:
+    if not number.is_integer():
         raise _wrong(value, kind, where)
-    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit()) else int(number)
+    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
+    return int(value) if exact else int(number)  # a float holds whole numbers up to 2^53 only
 
 
 def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...], where: str, from_text: bool) -> Any:

@@ -23,6 +23,10 @@ class ConfigError(MMKitError, ValueError):
     """A setting is unknown, of the wrong type, or contradicts another one."""
 
 
+class TrainingError(MMKitError, ValueError):
+    """The training cannot go on: a loss, a term or a gradient is not finite."""
+
+
 class NameNotFound(MMKitError, LookupError):
     """A name is in no table. A LookupError, since KeyError prints its message in quotes."""
 

@@ -48,7 +48,13 @@ def open_image(source: Path | str | bytes | Image.Image, where: str = "") -> Ima
     Raises:
         ImageError: The file is missing, empty, truncated, not a picture, or too large to be decoded safely.
     """
-    name = f"'{source}'" if isinstance(source, str | Path) else f"a picture of {len(source)} bytes" if isinstance(source, bytes) else "a picture"
+    name = (
+        f"'{source}'"
+        if isinstance(source, str | Path)
+        else f"a picture of {len(source)} bytes"
+        if isinstance(source, bytes)
+        else "a picture"
+    )
     place = f" ({where})" if where else ""
     try:
         with warnings.catch_warnings():
@@ -125,7 +131,9 @@ class ImageSpec:
         if self.resize not in get_args(Resize):
             raise ConfigError(f"image spec: resize '{self.resize}' is not one of {', '.join(get_args(Resize))}")
         if not (isinstance(self.size, int) and self.size > 0 and 0 < self.crop_pct <= 1):
-            raise ConfigError(f"image spec: size {self.size!r}, crop_pct {self.crop_pct!r}; a positive whole number and a share in (0, 1] were expected")
+            raise ConfigError(
+                f"image spec: size {self.size!r}, crop_pct {self.crop_pct!r}; a positive whole number and a share in (0, 1] were expected"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(f"image spec: mean {self.mean}, std {self.std}; three numbers each were expected, std above 0")
 
@@ -146,7 +154,11 @@ class ImageSpec:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def transform(
-        self, training: bool = False, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5, ratio: tuple[float, float] = (3 / 4, 4 / 3)
+        self,
+        training: bool = False,
+        scale: tuple[float, float] = (0.2, 1.0),
+        flip: float = 0.5,
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> Transform:
         """Make the function from an RGB picture to a normalised tensor [3, size, size].
 
@@ -238,6 +250,24 @@ class ImageSpec:
         return LlavaImageProcessorPil(do_pad=True, **settings) if self.resize == "pad" else CLIPImageProcessorPil(**settings)
 
 
+def to_images(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """Turn square crops as bytes into what an encoder takes, on the device they are on.
+
+    Args:
+        pixels: uint8 [B, 3, S, S]. Where S is not the spec's size they are resized (bicubic, antialiased), as for a teacher and a student
+            that see one crop at two sizes.
+
+    Returns:
+        float32 [B, 3, size, size], mean and std applied.
+    """
+    values = pixels.float()
+    if pixels.shape[-1] != spec.size:
+        size = (spec.size, spec.size)
+        values = torch.nn.functional.interpolate(values, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    mean, std = values.new_tensor(spec.mean).view(3, 1, 1), values.new_tensor(spec.std).view(3, 1, 1)
+    return (values / 255 - mean) / std
+
+
 def random_box(
     width: int, height: int, generator: Any, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
@@ -268,5 +298,7 @@ def renormalise(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
         raise ConfigError(f"images of {source.size} pixels cannot be renormalised for an encoder that takes {target.size}")
     if (source.mean, source.std) == (target.mean, target.std):
         return images
-    mean_s, std_s, mean_t, std_t = (images.new_tensor(values).view(3, 1, 1) for values in (source.mean, source.std, target.mean, target.std))
+    mean_s, std_s, mean_t, std_t = (
+        images.new_tensor(values).view(3, 1, 1) for values in (source.mean, source.std, target.mean, target.std)
+    )
     return (images * std_s + (mean_s - mean_t)) / std_t

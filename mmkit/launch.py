@@ -4,6 +4,7 @@ A `deepspeed` block counts when a launcher started the process. Without one (pla
 DeepSpeed, which needs no installation of it.
 """
 
+import atexit
 import json
 import os
 from pathlib import Path
@@ -87,12 +88,22 @@ def make_accelerator(
         project_dir=str(folder) if trackers else None,
         kwargs_handlers=handlers,
     )
+    if launched():
+        atexit.register(_leave)
     if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ConfigError("the recipe has a deepspeed block and Accelerate took another way; start with `deepspeed ...`, or set run.deepspeed to {}")
+        raise ConfigError(
+            "the recipe has a deepspeed block and Accelerate took another way; start with `deepspeed ...`, or set run.deepspeed to {}"
+        )
     found = {getattr(tracker, "value", getattr(tracker, "name", str(tracker))) for tracker in accelerator.log_with}
     if missing := [name for name in trackers if name not in found]:
-        raise ConfigError(f"run.trackers: {', '.join(missing)} is not installed; `pip install {missing[0]}`, or leave it out (metrics.jsonl is always written)")
+        raise ConfigError(f"run.trackers: {', '.join(missing)} is not installed; `pip install {missing[0]}`, or leave it out")
     return accelerator
+
+
+def _leave() -> None:
+    """Close the process group in order: left to the interpreter's end, a rank may abort when another one closes first."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _plugin(settings: dict[str, Any]) -> DeepSpeedPlugin:
@@ -110,7 +121,9 @@ def _plugin(settings: dict[str, Any]) -> DeepSpeedPlugin:
     return DeepSpeedPlugin(hf_ds_config=settings)
 
 
-def complete_deepspeed(accelerator: Accelerator, model: nn.Module, micro: int, accumulation: int, precision: str, max_grad_norm: float) -> list[str]:
+def complete_deepspeed(
+    accelerator: Accelerator, model: nn.Module, micro: int, accumulation: int, precision: str, max_grad_norm: float
+) -> list[str]:
     """Write into the DeepSpeed settings what the run and the model decide; call it before `accelerator.prepare`.
 
     Args:
@@ -129,7 +142,9 @@ def complete_deepspeed(accelerator: Accelerator, model: nn.Module, micro: int, a
     """
     plugin = accelerator.state.deepspeed_plugin
     settings: dict[str, Any] = plugin.deepspeed_config
-    remarks = [f"deepspeed: the block's {key} is not used, the recipe's own is" for key in ("optimizer", "scheduler") if settings.pop(key, None)]
+    remarks = [
+        f"deepspeed: the block's {key} is not used, the recipe's own is" for key in ("optimizer", "scheduler") if settings.pop(key, None)
+    ]
     ours = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

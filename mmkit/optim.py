@@ -50,7 +50,9 @@ def param_groups(
         raise ConfigError("nothing is trainable: every parameter of the model is frozen")
     for pattern in lr_by_pattern:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise ConfigError(f"lr_by_pattern: '{pattern}' matches none of {len(named)} trainable parameters, the first being {named[0][0]}")
+            raise ConfigError(
+                f"lr_by_pattern: '{pattern}' matches none of {len(named)} trainable parameters, the first being {named[0][0]}"
+            )
     scales = _layer_scales(model, layer_decay) if layer_decay is not None else {}
     skip = _no_decay_names(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -76,15 +78,24 @@ def _no_decay_names(model: nn.Module) -> set[str]:
 
 def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     found = [(prefix, module) for prefix, module in model.named_modules() if callable(getattr(module, "group_matcher", None))]
-    outer = [(prefix, module) for prefix, module in found if not any(prefix.startswith(f"{other}.") or (not other and prefix) for other, _ in found)]
+    outer = [
+        (prefix, module)
+        for prefix, module in found
+        if not any(prefix.startswith(f"{other}.") or (not other and prefix) for other, _ in found)
+    ]
     if len(outer) != 1:
-        raise ConfigError(f"layer_decay needs one timm network in the model, {type(model).__name__} has {len(outer)}: build the groups per tower")
+        raise ConfigError(
+            f"layer_decay needs one timm network in the model, {type(model).__name__} has {len(outer)}: build the groups per tower"
+        )
     prefix, network = outer[0]
-    matcher: Any = network.group_matcher  # type: ignore[assignment]
+    matcher: Any = network.group_matcher
     layer_of: dict[str, int] = group_parameters(network, matcher(coarse=False), reverse=True)
-    blocks = {layer for name, layer in layer_of.items() if any(part.isdigit() for part in name.split(".")[1:2])}
-    top = max(blocks, default=max(layer_of.values())) + 1  # everything after the last block shares one layer, with factor 1
-    return {f"{prefix}.{name}" if prefix else name: decay ** (top - min(layer, top)) for name, layer in layer_of.items()}
+    blocks = {name.split(".")[0] for name in layer_of if any(part.isdigit() for part in name.split(".")[1:2])}
+    last = max((layer for name, layer in layer_of.items() if name.split(".")[0] in blocks), default=max(layer_of.values()) - 1)
+    # Everything behind the blocks shares one layer with factor 1; timm puts a final norm into the last block's.
+    top = last + 1
+    layer_of = {name: top if layer >= last and name.split(".")[0] not in blocks else layer for name, layer in layer_of.items()}
+    return {f"{prefix}.{name}" if prefix else name: decay ** (top - layer) for name, layer in layer_of.items()}
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
@@ -122,7 +133,7 @@ def constant_schedule(warmup: int = 0) -> Schedule:
 def make_ema(model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> ModelEmaV3:
     """Make timm's running average of a model's weights.
 
-    Call `ema.update(model, step=run.step)` after each optimizer step (`if run.updated`), and give it to `run.keep("ema", ema)`, or a resumed
-    run would begin a new average.
+    Call `ema.update(model, step=run.step)` after each optimizer step (`if run.updated`), and give it to `run.keep("ema", ema)`, or a
+    resumed run would begin a new average.
     """
     return ModelEmaV3(model, decay=decay, use_warmup=warmup)

@@ -42,7 +42,9 @@ class Progress:
             self.last_line = now
             left = (now - self.start) / max(1, step - self.start_step) * (self.steps - step)
             rest = f"about {_duration(left)} left" if step < self.steps else f"done in {_duration(now - self.start)}"
-            print(f"{self.name}: step {step}/{self.steps}  loss {float(loss):.4f}  {self._rate(step, now):.0f} samples/s  {rest}", flush=True)
+            print(
+                f"{self.name}: step {step}/{self.steps}  loss {float(loss):.4f}  {self._rate(step, now):.0f} samples/s  {rest}", flush=True
+            )
 
     def close(self) -> None:
         """Leave the bar where it is."""

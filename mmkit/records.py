@@ -1,8 +1,8 @@
 """JSON Lines files keyed by an id: append, resume by id, merge. What is missing stays missing.
 
-    with Records(folder / "answers.jsonl") as answers:
-        for question in answers.todo(questions):
-            answers.append({"question_id": question["question_id"], "answer": ask(question)})
+with Records(folder / "answers.jsonl") as answers:
+    for question in answers.todo(questions):
+        answers.append({"question_id": question["question_id"], "answer": ask(question)})
 """
 
 import json
@@ -45,7 +45,7 @@ class Records:
             repair(self.path)
             for number, row in enumerate(read_jsonl(self.path), 1):
                 self._add(row, f"{self.path}, line {number}")
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
+        self._file = open(self.path, "a", encoding="utf-8")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -7,7 +7,7 @@ resume, the NaN stop and the log, and is called by the script:
     model, optimizer = run.prepare(model, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=0.03))
     for batch in run.batches(dataset, collate, weigh=label_tokens):
-        loss, terms = run.forward(alignment_step, batch)     # alignment_step(model, batch); the only right way to call anything but model(...)
+        loss, terms = run.forward(alignment_step, batch)     # alignment_step(model, batch); see Run.forward
         run.backward(loss, **terms)
         run.log(**terms)
     folder = run.finish()
@@ -18,16 +18,14 @@ All randomness of a micro-batch is a function of (seed, step, micro-batch, rank)
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -39,58 +37,16 @@ from torch import distributed as dist  # isort: skip
 
 from mmkit.batches import Collate, Layout, MicroBatch, StreamOrder, dataset_length, derive_seed, micro_batches, seed_everything
 from mmkit.checkpoint import atomic_write
-from mmkit.config import save_config, to_dict
-from mmkit.errors import ConfigError, DataError, MMKitError
+from mmkit.config import to_dict
+from mmkit.errors import ConfigError, DataError, TrainingError
 from mmkit.manifest import manifest
 from mmkit.optim import Schedule, constant_schedule
 from mmkit.progress import Progress
-from mmkit.records import read_jsonl, repair
+from mmkit.run_config import RunConfig, accumulation_steps
+from mmkit.run_folder import changed_settings, claim_folder, write_settings
 from mmkit.snapshots import broadcast, find_snapshot, gather, load_optimizer, load_plain, load_trained, read_state, save_snapshot
 
-
-class TrainingError(MMKitError, ValueError):
-    """The training cannot go on: a loss, a term or a gradient is not finite."""
-
-
-@dataclass
-class RunConfig:
-    """How a training runs, whatever it trains."""
-
-    output_dir: str = field(default="", metadata={"help": "the run folder; must be new or empty, unless resume or overwrite is on"})
-    steps: int = field(default=0, metadata={"help": "optimizer steps; 0 takes them from epochs"})
-    epochs: float = field(default=0.0, metadata={"help": "passes over the data, when steps is 0"})
-    micro_batch_size: int = field(default=32, metadata={"help": "samples in one forward, per process"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches in a step; 0 takes it from global_batch_size"})
-    global_batch_size: int = field(default=0, metadata={"help": "samples in a step; must be micro * accumulation * processes; 0 does not check"})
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "of the forward; weights and optimizer stay fp32"})
-    seed: int = field(default=0, metadata={"help": "of order, augmentation, dropout"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0 is off"})
-    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0 is only at the end"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones; 0 keeps all"})
-    log_every: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint, if there is one"})
-    overwrite: bool = field(default=False, metadata={"help": "remove an earlier run in output_dir"})
-    num_workers: int = field(default=0, metadata={"help": "processes that load data; 0 loads in the main one"})
-    trackers: list[str] = field(default_factory=list, metadata={"help": "beside metrics.jsonl: tensorboard, wandb, ..."})
-    deepspeed: dict[str, Any] | str = field(default_factory=dict, metadata={"help": "DeepSpeed's settings or their JSON file; used under a launcher"})
-    find_unused_parameters: bool = field(default=False, metadata={"help": "DDP: some steps leave trained parameters unused"})
-
-    def validate(self) -> None:
-        """Refuse numbers that mean nothing.
-
-        Raises:
-            ConfigError: The message names the setting.
-        """
-        for name, least in {"steps": 0, "epochs": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 0, "global_batch_size": 0}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"run.{name} is {getattr(self, name)}; at least {least} is right")
-        for name in ("max_grad_norm", "save_every", "keep_checkpoints", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"run.{name} is {getattr(self, name)}; 0 or more is right")
-        if self.log_every < 1:
-            raise ConfigError(f"run.log_every is {self.log_every}; at least 1 is right")
-        if self.gradient_accumulation_steps == 0 and self.global_batch_size == 0:
-            raise ConfigError("run.gradient_accumulation_steps 0 takes it from run.global_batch_size: give that")
+__all__ = ["Run", "RunConfig", "TrainingError"]
 
 
 class Run:
@@ -120,7 +76,7 @@ class Run:
         self.begin = time.monotonic()
         block = read_deepspeed_block(config.deepspeed)
         ranks = int(os.environ["WORLD_SIZE"]) if launched() else 1
-        self.accumulation = _accumulation(config, ranks)
+        self.accumulation = accumulation_steps(config, ranks)
         self.accelerator = make_accelerator(
             config.precision, self.accumulation, block, config.trackers, self.folder, config.find_unused_parameters
         )
@@ -157,7 +113,7 @@ class Run:
         message = ""
         if self.is_main:
             try:
-                self._claim_folder()
+                claim_folder(self.folder, self.config.resume, self.config.overwrite)
             except (OSError, ValueError) as error:
                 message = str(error)
         message = broadcast(message)  # all ranks stop together, or the others would wait for the first one
@@ -178,38 +134,13 @@ class Run:
             self.step, self._saved_step, self._seconds_before = state["step"], state["step"], state["seconds"]
             self.print(f"{self.name}: goes on from {self._snapshot}")
         if self.is_main:
-            self._write_head()
+            for line in changed_settings(self.folder, self.settings) if self._snapshot is not None else []:
+                self.print(line)
+            write_settings(self.folder, self.settings, self.step)
+            atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("running"), indent=1))
         if self.config.trackers:
             self.accelerator.init_trackers(self.name, config={"settings": json.dumps(to_dict(self.settings))})
         self.accelerator.wait_for_everyone()
-
-    def _claim_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"run.output_dir {self.folder} is a file; a run needs a folder")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.config.resume:
-            if not self.config.overwrite:
-                raise ConfigError(f"run.output_dir {self.folder} holds files already; --resume goes on with that run, --overwrite removes it")
-            if not (self.folder / "config.yaml").is_file():
-                raise ConfigError(f"run.output_dir {self.folder} holds files and no run of mmkit (no config.yaml): it is not overwritten; name another")
-            shutil.rmtree(self.folder)
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-
-    def _write_head(self) -> None:
-        old, new = self.folder / "config.yaml", to_dict(self.settings)
-        if self._snapshot is not None and old.is_file():
-            import yaml
-
-            before, after = _flat(yaml.safe_load(old.read_text(encoding="utf-8")) or {}), _flat(new)
-            for key in sorted(before.keys() | after.keys()):
-                if before.get(key) != after.get(key) and key.rsplit(".", 1)[-1] not in ("resume", "overwrite"):
-                    self.print(f"changed since the run began: {key} was {before.get(key)!r}, is {after.get(key)!r}")
-        save_config(self.settings, old)
-        log = self.folder / "metrics.jsonl"
-        if log.is_file():  # lines of steps that will be done again go away, so that the log has each step once
-            repair(log)
-            rows = [row for row in read_jsonl(log) if row["step"] <= self.step]
-            atomic_write(log, "".join(json.dumps(row) + "\n" for row in rows))
-        atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("running"), indent=1))
 
     def _manifest(self, state: str) -> dict[str, Any]:
         return manifest(
@@ -228,7 +159,7 @@ class Run:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Place the model on its device, wrap it for several ranks, and restore the checkpoint when resuming.
 
-        Under DDP and DeepSpeed the result is a wrapper: call it as a function, or use `Run.forward`; its methods bypass the synchronisation.
+        Under DDP and DeepSpeed the result is a wrapper: call it as a function, or use `Run.forward`; its methods do not synchronise.
 
         Raises:
             DataError: The checkpoint does not fit the model.
@@ -309,7 +240,9 @@ class Run:
         if stop:
             self._stop(int(self._stop_signal or max(gather(self._stop_signal))))
         if self._total == 0:
-            raise DataError(f"step {self.step + 1}: nothing in its {self.layout.global_batch_size} samples has weight (no label, no kept patch)")
+            raise DataError(
+                f"step {self.step + 1}: nothing in its {self.layout.global_batch_size} samples has weight (no label, no kept patch)"
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.step)
         self._terms, self._grad_norm = {}, None
@@ -336,8 +269,8 @@ class Run:
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function(bare_model, *args, **kwargs)` through the wrapper, with its synchronisation and precision.
 
-        A method of the model (`run.forward(VisionEncoder.tokens, images, keep)`) or a loss that needs the model's parts goes this way: under
-        DDP and DeepSpeed only a call of the wrapper itself gathers and reduces.
+        A method of the model (`run.forward(VisionEncoder.tokens, images, keep)`) or a loss that needs the model's parts goes this way:
+        under DDP and DeepSpeed only a call of the wrapper itself gathers and reduces.
         """
         bare = self.unwrap()
 
@@ -362,7 +295,7 @@ class Run:
             terms: Its parts by name; only checked, so that a NaN is named before the optimizer sees it.
 
         Raises:
-            TrainingError: A term or the gradient is not finite. A loss that is not is held back until `log` or the next batch names its term.
+            TrainingError: A term or the gradient is not finite. A loss that is not waits for `log` or the next batch to name its term.
         """
         self._calls += 1
         self._refuse(terms)
@@ -377,9 +310,14 @@ class Run:
         limit = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self._model.parameters(), limit)  # under DeepSpeed it only tells the norm
         self._grad_norm = None if norm is None else float(norm)
-        if self._grad_norm is not None and not math.isfinite(self._grad_norm) and self.config.precision != "fp16":  # fp16 skips such steps itself
+        if (
+            self._grad_norm is not None and not math.isfinite(self._grad_norm) and self.config.precision != "fp16"
+        ):  # fp16 skips such steps itself
             names = [name for name, p in self.unwrap().named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-            raise TrainingError(f"the gradient is {self._grad_norm} at step {self.step + 1}, rank {self.rank}, first in {names[0] if names else '?'}; {self._dump()}")
+            raise TrainingError(
+                f"the gradient is {self._grad_norm} at step {self.step + 1}, rank {self.rank}, "
+                f"first in {names[0] if names else 'an unknown tensor'}; {self._dump()}"
+            )
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.updated = True
@@ -426,7 +364,10 @@ class Run:
             self.save()
 
     def _write_row(self) -> None:
-        mine = {name: (math.fsum(float(value) * weight for value, weight in pairs), math.fsum(weight for _, weight in pairs)) for name, pairs in self._terms.items()}
+        mine = {
+            name: (math.fsum(float(value) * weight for value, weight in pairs), math.fsum(weight for _, weight in pairs))
+            for name, pairs in self._terms.items()
+        }
         ranks = gather(mine)
         means = {}
         for name in dict.fromkeys(name for terms in ranks for name in terms):
@@ -487,7 +428,9 @@ class Run:
         self.save()
         if self.is_main:
             atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("interrupted"), indent=1))
-        self.print(f"{self.name}: stopped after step {self.step} of {self.steps}, saved in {self.folder}; the same command with --resume goes on")
+        self.print(
+            f"{self.name}: stopped after step {self.step} of {self.steps}, saved in {self.folder}; the same command with --resume goes on"
+        )
         sys.exit(128 + number)
 
     def finish(self) -> Path:
@@ -503,26 +446,3 @@ class Run:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
         return self.folder
-
-
-def _accumulation(config: RunConfig, ranks: int) -> int:
-    """Settle the accumulation, and hold it against the global batch.
-
-    Raises:
-        ConfigError: micro * accumulation * ranks is not the global batch.
-    """
-    micro, wanted = config.micro_batch_size, config.global_batch_size
-    accumulation = config.gradient_accumulation_steps or max(1, wanted // (micro * ranks))
-    if wanted and micro * accumulation * ranks != wanted:
-        raise ConfigError(
-            f"run.global_batch_size is {wanted}, and {micro} samples * {accumulation} micro-batches * {ranks} processes are "
-            f"{micro * accumulation * ranks}; set --gradient_accumulation_steps or --micro_batch_size so that they agree"
-        )
-    return accumulation
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
-    return flat

@@ -1,11 +1,11 @@
 """The checkpoints of a run: trainable weights, optimizer, counters; whole or absent; the newest good one is found again.
 
-    checkpoints/step_00000120/
-        state.json              step, samples seen, ranks, names of the trained tensors, size of every file
-        trainable.safetensors   trained parameters and all buffers, by their names in the bare model
-        optimizer.pt            plain data only (torch.load with weights_only)
-        kept_NAME.pt            what `Run.keep` was given (an EMA)
-        deepspeed/              under DeepSpeed in place of optimizer.pt: its own files, one part per rank
+checkpoints/step_00000120/
+    state.json              step, samples seen, ranks, names of the trained tensors, size of every file
+    trainable.safetensors   trained parameters and all buffers, by their names in the bare model
+    optimizer.pt            plain data only (torch.load with weights_only)
+    kept_NAME.pt            what `Run.keep` was given (an EMA)
+    deepspeed/              under DeepSpeed in place of optimizer.pt: its own files, one part per rank
 """
 
 import json
@@ -111,10 +111,15 @@ def save_snapshot(
     return target
 
 
-def _write_main(work: Path, accelerator: Accelerator, state: dict[str, Tensor], optimizer: Any, kept: dict[str, Any], sharded: bool) -> None:
+def _write_main(
+    work: Path, accelerator: Accelerator, state: dict[str, Tensor], optimizer: Any, kept: dict[str, Any], sharded: bool
+) -> None:
     save_weights(state, work / "trainable.safetensors")
     if not sharded:
-        content = {"optimizer": optimizer.state_dict(), "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+        content = {
+            "optimizer": optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        }
         torch.save(content, work / "optimizer.pt")
     for name, thing in kept.items():
         torch.save(thing.state_dict(), work / f"kept_{name}.pt")
@@ -128,7 +133,7 @@ def find_snapshot(folder: Path) -> tuple[Path | None, list[str]]:
     """
     for left in [*folder.glob(".step_*.writing-*"), *folder.glob(".step_*.old-*")]:
         shutil.rmtree(left, ignore_errors=True)
-    remarks = []
+    remarks: list[str] = []
     for path in sorted(folder.glob("step_*"), reverse=True):
         fault = _fault(path)
         if not fault:
@@ -168,7 +173,11 @@ def load_trained(path: Path, model: nn.Module) -> None:
     places.update({name: buffer for name, buffer in model.named_buffers() if name in saved})
     faults = [f"{name} is not in it" for name in places if name not in state]
     faults += [f"{name} is not trained now" for name in state if name not in places]
-    faults += [f"{name} is {list(state[name].shape)} in it, {list(places[name].shape)} now" for name in places if name in state and state[name].shape != places[name].shape]
+    faults += [
+        f"{name} is {list(state[name].shape)} in it, {list(places[name].shape)} now"
+        for name in places
+        if name in state and state[name].shape != places[name].shape
+    ]
     if faults:
         raise DataError(
             f"checkpoint {path} does not fit the model ({len(faults)} differences): {'; '.join(faults[:4])}.\n"
@@ -190,7 +199,9 @@ def load_optimizer(path: Path, accelerator: Accelerator, model: nn.Module, optim
     sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
     if sharded != state["deepspeed"] or (sharded and state["ranks"] != accelerator.num_processes):
         written = f"{state['ranks']} ranks and {'' if state['deepspeed'] else 'no '}DeepSpeed"
-        raise ConfigError(f"checkpoint {path} was written with {written}, this run has {accelerator.num_processes}; resume it as it was started")
+        raise ConfigError(
+            f"checkpoint {path} was written with {written}, this run has {accelerator.num_processes}; resume it as it was started"
+        )
     if sharded:
         names = [name for name, parameter in accelerator.unwrap_model(model).named_parameters() if parameter.requires_grad]
         if names != state["trained"]:

@@ -28,7 +28,7 @@ def freeze(module: M) -> M:
     The step still has to run it under `torch.no_grad()`, otherwise inputs that need gradients build a graph through it.
     """
     module.requires_grad_(False).eval()
-    module.train = partial(_asleep, module)  # type: ignore[method-assign]  # a partial survives deepcopy and pickle, a lambda does not
+    module.train = partial(_asleep, module)  # type: ignore[method-assign,assignment]  # a partial survives deepcopy and pickle, a lambda does not
     return module
 
 

@@ -165,7 +165,7 @@ def test_whole_trailing_rounds_are_left_out_and_images_never_cut(tmp_path: Path,
     text = TOKENIZER.decode(shorter["input_ids"])
     assert text.endswith("Two.<|im_end|>")
     assert shorter["input_ids"].count(CHAT.image_token_id) == TOKENS
-    with pytest.raises(ValueError, match=r"its first round alone has \d+ tokens \(4 of images, which are never cut\), max_length is 10"):
+    with pytest.raises(ValueError, match=r"its first round alone has \d+ tokens \(4 of images, never cut\), max_length is 10"):
         dataset(tmp_path, images, [long], max_length=10)[0]
 
 

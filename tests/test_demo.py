@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from llava_tiny import picture, tiny_llm, tiny_tower
 from PIL import Image
 
@@ -196,7 +197,10 @@ def test_five_models_are_refused() -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """The address of a page with three models."""
-    model, processor = build_llava(tiny_tower(), tiny_llm())
+    llm, tokenizer = tiny_llm()
+    with torch.no_grad():
+        llm.get_input_embeddings().weight.mul_(40)  # spreads the logits: a random model repeats one token for ever otherwise
+    model, processor = build_llava(tiny_tower(), (llm, tokenizer))
     chat = ChatModel(model.eval(), processor, ChatFormat(processor.tokenizer, "own"), "tiny")
     slow = Scripted("slow", " ".join(f"word{number}" for number in range(120)), 0.05)
     shelf = ModelShelf([chat, slow, Scripted("broken", error=RuntimeError("the tower's <b>width</b> does not fit"))])
@@ -225,6 +229,7 @@ def watched(chromium: Any) -> Iterator[Any]:
 
     def open_page(url: str, width: int, height: int) -> Any:
         page = chromium.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(120_000)  # a busy two-core machine takes half a minute to draw the page the first time
         page.on("request", lambda request: requests.append(request.url))
         page.on("websocket", lambda socket: requests.append(socket.url.replace("ws", "http", 1)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -253,7 +258,8 @@ def test_upload_ask_stream_stop_in_a_browser(served: str, watched: Any, width: i
 
     page.wait_for_selector(".mm-answer:nth-child(2).mm-writing >> text=word3")  # streamed: words are there while it writes
     page.wait_for_selector(".mm-answer.mm-failed >> text=RuntimeError: the tower's <b>width</b> does not fit")
-    page.wait_for_selector(".mm-answer:nth-child(1).mm-done >> text=first token")
+    page.wait_for_selector(".mm-answer:nth-child(2) >> text=first token")
+    page.wait_for_selector(".mm-answer:nth-child(1).mm-done >> text=in all")
     assert page.locator(".mm-ask img").count() == 1
     page.click("#mm-stop-button")
     page.wait_for_selector(".mm-answer:nth-child(2).mm-stopped >> text=word3")

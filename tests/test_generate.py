@@ -22,9 +22,10 @@ STOCK_TEMPLATE = (
 
 
 def chat_model(seed=0, tower=None):
-    llm, tokenizer = tiny_llm(seed)
-    with torch.no_grad():  # answers of a random model are one token again and again; spread its logits
-        llm.get_input_embeddings().weight.mul_(40)
+    llm, tokenizer = tiny_llm(seed, tie=False)
+    with torch.no_grad():  # fresh weights hardly look at their input, and answer with one token again and again
+        for parameter in llm.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
     model, processor = build_llava(tower or tiny_tower(), (llm, tokenizer))
     return ChatModel(model, processor, ChatFormat(tokenizer), "tiny")
 

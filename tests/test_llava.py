@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from llava_tiny import picture, stock_tower, tiny_llm, tiny_tower
 from torch.testing import assert_close
 
@@ -50,7 +49,7 @@ def batch_for(model, processor, chats):
 CHATS = [("what colour is it", "it is red", "red"), ("say it", "blue", None), ("how many pictures are there", "one and no more", "blue")]
 
 
-@pytest.fixture()
+@pytest.fixture
 def parts():
     return build()
 

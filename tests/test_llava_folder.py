@@ -39,7 +39,7 @@ print("encoders" in sys.modules, "mmkit" in sys.modules)
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def parts(tmp_path):
     encoder, llm = write_parts(tmp_path)
     model, processor = build_llava(str(encoder), str(llm))
@@ -180,7 +180,7 @@ def reshape(folder, name):
 def test_the_folder_above_a_model_is_told_where_it_is(tmp_path):
     model, processor = build_llava(tiny_tower(), tiny_llm())
     save_llava(model, processor, LlavaCard("a", "b", "c"), tmp_path / "run" / "model")
-    with pytest.raises(ConfigError, match="did you mean .*run/model"):
+    with pytest.raises(ConfigError, match=r"did you mean .*run/model"):
         load_llava(tmp_path / "run")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 import toy_training
+
 from mmkit.batches import Layout, StreamOrder, derive_seed
 from mmkit.errors import ConfigError, DataError
 from mmkit.records import read_jsonl
@@ -84,7 +84,18 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path, child_environment: dict[str, str]) -> None:
     one = train(tmp_path / "one", "--micro_batch_size", "4")
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    )
     result = launch(child_environment, tmp_path / "two", "--micro_batch_size", "1", "--gradient_accumulation_steps", "2", launcher=torchrun)
     assert result.returncode == 0, result.stderr[:3000]
     two = read_jsonl(tmp_path / "two" / "metrics.jsonl")
@@ -100,6 +111,20 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
 def test_the_log_averages_by_weight(tmp_path: Path) -> None:
     for row in train(tmp_path / "run", "--micro_batch_size", "1", "--gradient_accumulation_steps", "3"):
         assert row["double"] == pytest.approx(2 * row["loss"], rel=1e-6)
+
+
+def test_the_gradient_is_clipped(tmp_path: Path) -> None:
+    def change(limit: float) -> float:
+        settings = RunConfig(output_dir=str(tmp_path / f"run{limit}"), steps=1, micro_batch_size=4, max_grad_norm=limit)
+        run = Run(settings, name="toy", settings=settings)
+        model = toy_training.ToyModel(0.0)
+        before = model.first.weight.detach().clone()
+        wrapped, _ = run.prepare(model, torch.optim.SGD(model.parameters(), 1.0))
+        for batch in run.batches(toy_training.ToyData(), toy_training.collate):
+            run.backward(wrapped(batch["x"]).square().sum())
+        return float((model.first.weight - before).norm())
+
+    assert change(0.01) <= 0.01 * 1.001 < change(0)  # one SGD step at lr 1 moves by the gradient itself
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------------------------
@@ -178,9 +203,10 @@ def test_nan_without_a_term_names_the_loss(tmp_path: Path) -> None:
     model = toy_training.ToyModel(0.0)
     wrapped, _ = run.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(TrainingError, match="loss term 'loss' is -?inf at step 1"):
-        for batch in run.batches(toy_training.ToyData(), toy_training.collate):
-            run.backward(wrapped(batch["x"]).sum() * float("inf"))
+    batches = run.batches(toy_training.ToyData(), toy_training.collate)
+    run.backward(wrapped(next(batches)["x"]).sum() * float("inf"))
+    with pytest.raises(TrainingError, match=r"loss term 'loss' is -?inf at step 1"):
+        next(batches)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
@@ -286,7 +312,16 @@ def test_a_deepspeed_block_is_not_used_without_a_launcher(tmp_path: Path, capsys
 def test_zero_on_two_processes_equals_one_process_and_resumes(tmp_path: Path, child_environment: dict[str, str], stage: int) -> None:
     pytest.importorskip("deepspeed")
     one = train(tmp_path / "one", "--micro_batch_size", "4")
-    flags = ["--micro_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_every", "5", "--run.deepspeed.zero_optimization.stage", str(stage)]
+    flags = [
+        "--micro_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--save_every",
+        "5",
+        "--run.deepspeed.zero_optimization.stage",
+        str(stage),
+    ]
     launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(29600 + stage))
     killed = launch(child_environment, tmp_path / "two", *flags, "--kill_at", "7", launcher=launcher)
     assert killed.returncode != 0

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings = load_config(ToySettings, argv)
     run = Run(settings.run, name="toy", settings=settings)
     bare = ToyModel(settings.dropout)
-    model, optimizer = run.prepare(bare, torch.optim.AdamW(param_groups(bare, settings.lr, 0.01)))
+    run.prepare(bare, torch.optim.AdamW(param_groups(bare, settings.lr, 0.01)))
     data = ToyData(settings.bad_item, settings.on_bad)
     run.set_schedule(cosine_schedule(run.plan(data), 0.1))
     ema = make_ema(run.unwrap(), 0.9) if settings.ema else None
