@@ -31,7 +31,9 @@ class Answerer(Protocol):
 
     name: str
 
-    def stream(self, request: ChatRequest, *, max_new_tokens: int, temperature: float, top_p: float, seed: int | None, stop: threading.Event) -> Iterator[str]:
+    def stream(
+        self, request: ChatRequest, *, max_new_tokens: int, temperature: float, top_p: float, seed: int | None, stop: threading.Event
+    ) -> Iterator[str]:
         """Give the answer piece by piece; end early once `stop` is set."""
 
     def encoder_card(self) -> dict[str, Any]:
@@ -202,7 +204,9 @@ class ChatSession:
                 yield self.rounds
         yield self.rounds
 
-    def _answer_in_turn(self, group: Sequence[int], requests: Sequence[ChatRequest], limits: Limits, news: "Queue[_News]", stop: threading.Event) -> None:
+    def _answer_in_turn(
+        self, group: Sequence[int], requests: Sequence[ChatRequest], limits: Limits, news: "Queue[_News]", stop: threading.Event
+    ) -> None:
         """Let the models of a group answer one after the other (a thread's whole life)."""
         for index in group:
             news.put(_News(index))
@@ -219,7 +223,13 @@ class ChatSession:
             if stop.is_set():
                 return "stopped"
         try:
-            options: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens, "temperature": limits.temperature, "top_p": limits.top_p, "seed": limits.seed, "stop": stop}
+            options: dict[str, Any] = {
+                "max_new_tokens": limits.max_new_tokens,
+                "temperature": limits.temperature,
+                "top_p": limits.top_p,
+                "seed": limits.seed,
+                "stop": stop,
+            }
             for piece in self.shelf.models[index].stream(request, **options):
                 if stop.is_set():
                     return "stopped"

@@ -25,12 +25,16 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "quickstart": Command("apps.quickstart:main", "from nothing to a report: data, encoders, LLaVA behind each, evaluation (about 20 minutes)"),
+    "quickstart": Command(
+        "apps.quickstart:main", "from nothing to a report: data, encoders, LLaVA behind each, evaluation (about 20 minutes)"
+    ),
     "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
     "train contrastive": Command("encoders.train_contrastive:main", "train an image and a text tower on pairs (CLIP)"),
     "train uta": Command("encoders.train_uta:main", "train an encoder on the tokens of a frozen CLIP teacher (unmasked token alignment)"),
-    "train llava": Command("llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"),
+    "train llava": Command(
+        "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
+    ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),

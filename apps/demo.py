@@ -42,7 +42,10 @@ PRESETS = [
 class DemoConfig:
     """Settings of `mmkit demo`."""
 
-    model: list[str] = field(default_factory=list, metadata={"help": "model folders, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart"})
+    model: list[str] = field(
+        default_factory=list,
+        metadata={"help": "model folders, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart"},
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; loopback keeps the demo to this machine"})
     port: int = field(default=7860, metadata={"help": "port; 0 takes a free one"})
     examples: int = field(default=12, metadata={"help": "example images drawn from the embedded world; 0: none"})
@@ -65,7 +68,7 @@ class SafeImage(gr.Image):
         """The browser's half is the stock image component."""
         return "image"
 
-    def preprocess(self, payload: Any) -> str | None:  # type: ignore[override]
+    def preprocess(self, payload: Any) -> str | None:
         """The path of the uploaded file in gradio's own folder (gradio has checked that it lies there)."""
         return None if payload is None else payload.path
 
@@ -86,7 +89,9 @@ class Page:
         with self._lock:
             return self.sessions.setdefault(str(request.session_hash), ChatSession(self.shelf))
 
-    def ask(self, path: str | None, question: str, tokens: float, temperature: float, together: bool, remember: bool, request: gr.Request) -> Iterator[Any]:
+    def ask(
+        self, path: str | None, question: str, tokens: float, temperature: float, together: bool, remember: bool, request: gr.Request
+    ) -> Iterator[Any]:
         """Answer a question with every model; yields (conversation, notice, question box, ask button, stop button)."""
         session, memory = self.session(request), self.thumbnails.setdefault(str(request.session_hash), {})
         busy = (gr.update(interactive=False), gr.update(interactive=True))
@@ -143,7 +148,9 @@ def build_page(shelf: ModelShelf, examples: Sequence[Image.Image] = ()) -> gr.Bl
         gr.HTML(demo_page.head_html(shelf.names, [model.encoder_card() for model in shelf.models]), elem_id="mm-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280):
-                picker = SafeImage(type="filepath", sources=["upload", "clipboard"], label="Image", height=270, buttons=[], elem_id="mm-image")
+                picker = SafeImage(
+                    type="filepath", sources=["upload", "clipboard"], label="Image", height=270, buttons=[], elem_id="mm-image"
+                )
                 if page.examples:
                     gallery = gr.Gallery(
                         page.examples, label="Or one of these", columns=4, height="auto", allow_preview=False, object_fit="cover", buttons=[],
@@ -155,7 +162,14 @@ def build_page(shelf: ModelShelf, examples: Sequence[Image.Image] = ()) -> gr.Bl
                 notice = gr.HTML("", elem_id="mm-notice")
                 with gr.Row(elem_id="mm-send"):
                     question = gr.Textbox(
-                        placeholder="Ask about the image …", show_label=False, label="Question", lines=1, max_lines=4, elem_id="mm-question", scale=1, container=False
+                        placeholder="Ask about the image …",
+                        show_label=False,
+                        label="Question",
+                        lines=1,
+                        max_lines=4,
+                        elem_id="mm-question",
+                        scale=1,
+                        container=False,
                     )
                     send = gr.Button("Ask", variant="primary", elem_id="mm-ask-button")
                     stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="mm-stop-button")
@@ -165,7 +179,9 @@ def build_page(shelf: ModelShelf, examples: Sequence[Image.Image] = ()) -> gr.Bl
                 with gr.Accordion("Settings", open=False, elem_id="mm-settings"):
                     tokens = gr.Slider(1, 512, 64, step=1, label="Longest answer (tokens)")
                     temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 always takes the likeliest token")
-                    together = gr.Checkbox(True, label="All models at once", info="off: one after the other, so that their times do not disturb each other")
+                    together = gr.Checkbox(
+                        True, label="All models at once", info="off: one after the other, so that their times do not disturb each other"
+                    )
                     remember = gr.Checkbox(True, label="Remember earlier questions about the image")
         inputs = [picker, question, tokens, temperature, together, remember]
         outputs = [conversation, notice, question, send, stop]
@@ -174,7 +190,9 @@ def build_page(shelf: ModelShelf, examples: Sequence[Image.Image] = ()) -> gr.Bl
     return blocks
 
 
-def _wire(page: Page, inputs: list[Any], outputs: list[Any], buttons: tuple[gr.Button, gr.Button, gr.Button], presets: list[gr.Button]) -> None:
+def _wire(
+    page: Page, inputs: list[Any], outputs: list[Any], buttons: tuple[gr.Button, gr.Button, gr.Button], presets: list[gr.Button]
+) -> None:
     """Say which button calls what."""
     send, stop, clear = buttons
     question = inputs[1]
@@ -183,7 +201,9 @@ def _wire(page: Page, inputs: list[Any], outputs: list[Any], buttons: tuple[gr.B
     gr.on([send.click, question.submit], page.ask, inputs, outputs, **options)
     for button in presets:
         ask: Callable[..., Any] = page.ask
-        button.click(lambda text=button.value: text, None, question, queue=False, show_progress="hidden").then(ask, inputs, outputs, **options)
+        button.click(lambda text=button.value: text, None, question, queue=False, show_progress="hidden").then(
+            ask, inputs, outputs, **options
+        )
     stop.click(page.stop, None, None, queue=False, show_progress="hidden")
     clear.click(page.clear, None, outputs[:2], queue=False, show_progress="hidden")
 
@@ -193,7 +213,14 @@ def theme() -> gr.themes.Base:
     fonts = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
     base = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=mono)
-    return base.set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700", body_background_fill="#f5f6f9", body_background_fill_dark="#14171d", block_shadow="none", button_large_text_weight="600")
+    return base.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_background_fill="#f5f6f9",
+        body_background_fill_dark="#14171d",
+        block_shadow="none",
+        button_large_text_weight="600",
+    )
 
 
 def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 0, *, open_browser: bool = False, block: bool = False) -> str:
@@ -228,7 +255,9 @@ def quickstart_models() -> list[str]:
     """
     models = sorted(str(path.parent) for path in QUICKSTART.glob("*/config.json"))
     if not models:
-        raise ConfigError(f"no --model was given and {QUICKSTART} holds none. Make them: `mmkit quickstart`; or name yours: `mmkit demo --model FOLDER`")
+        raise ConfigError(
+            f"no --model was given and {QUICKSTART} holds none. Make them: `mmkit quickstart`; or name yours: `mmkit demo --model FOLDER`"
+        )
     return models[:4]
 
 

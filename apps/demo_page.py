@@ -82,7 +82,10 @@ STATES = {"waiting": "waiting", "writing": "writing …", "done": "done", "stopp
 
 def head_html(names: Sequence[str], cards: Sequence[Mapping[str, Any]]) -> str:
     """The page's head: what this is, and a chip for each model with what is known of its encoder."""
-    chips = "".join(f'<span class="mm-model"><b>{html.escape(name)}</b>{html.escape(card_line(card))}</span>' for name, card in zip(names, cards, strict=True))
+    chips = "".join(
+        f'<span class="mm-model"><b>{html.escape(name)}</b>{html.escape(card_line(card))}</span>'
+        for name, card in zip(names, cards, strict=True)
+    )
     several = "Ask about an image; every model answers side by side." if len(names) > 1 else "Ask about an image."
     return f'<h1>mmkit</h1><p>{several} Nothing leaves this machine.</p><div class="mm-models">{chips}</div>'
 
@@ -101,15 +104,22 @@ def rounds_html(rounds: Sequence[Round], thumbnails: dict[int, tuple[Image, str]
 
     Args:
         rounds: Oldest first.
-        thumbnails: A memory of encoded images by id (the image is kept with it, so that its id stays its own), so that streaming does not encode one anew twenty times a second.
+        thumbnails: A memory of encoded images by id (the image is kept with it, so that its id stays its own):
+            streaming would encode one anew twenty times a second.
     """
     if not rounds:
-        return '<div class="mm-empty"><b>No question yet</b>Choose or paste an image, then ask, or tap one of the suggested questions.</div>'
+        return (
+            '<div class="mm-empty"><b>No question yet</b>Choose or paste an image, then ask, or tap one of the suggested questions.</div>'
+        )
     thumbnails = {} if thumbnails is None else thumbnails
     drawn, image_before = [], None
     for entry in rounds:
         # The image is shown where it changes; a follow-up question about the same one is text alone.
-        picture = f'<img alt="the image asked about" src="{_thumbnail(entry.image, thumbnails)}">' if entry.image is not None and entry.image is not image_before else ""
+        picture = (
+            f'<img alt="the image asked about" src="{_thumbnail(entry.image, thumbnails)}">'
+            if entry.image is not None and entry.image is not image_before
+            else ""
+        )
         image_before = entry.image
         question = f'<div class="mm-ask"><p>{html.escape(entry.question)}</p>{picture}</div>'
         answers = "".join(answer_html(answer) for answer in entry.answers)

@@ -44,7 +44,9 @@ class QuickstartConfig:
 
     out: str = field(default="runs/quickstart", metadata={"help": "folder for everything; an unfinished one is gone on with"})
     encoders: list[str] = field(default_factory=lambda: list(ENCODERS), metadata={"help": "which to compare: clip, uta or both"})
-    scale: float = field(default=1.0, metadata={"help": "factor on pictures drawn and steps trained; 1 is about twenty minutes on two cores"})
+    scale: float = field(
+        default=1.0, metadata={"help": "factor on pictures drawn and steps trained; 1 is about twenty minutes on two cores"}
+    )
     seed: int = field(default=0, metadata={"help": "of data and trainings"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
 
@@ -148,12 +150,30 @@ def plan(config: QuickstartConfig) -> list[Stage]:
     out = Path(config.out)
     data = out / "data"
     size = ("--seed", str(config.seed), "--scale", str(config.scale))
-    stages = [Stage("draw the embedded data", "data mini", "mmkit.minidata.build:main", ("--out", str(data), *size, "--resume"), data, data / "manifest.json")]
+    stages = [
+        Stage(
+            "draw the embedded data",
+            "data mini",
+            "mmkit.minidata.build:main",
+            ("--out", str(data), *size, "--resume"),
+            data,
+            data / "manifest.json",
+        )
+    ]
     for name in config.encoders:
         stages.append(_encoder_stage(name, out, config))
     for name in config.encoders:
         folder = out / "eval" / name / "mini_zeroshot"
-        flags = ("--encoder", str(out / "encoders" / name), "--images", str(data / "classification" / "test"), "--out", str(folder), "--benchmark", "mini_zeroshot")
+        flags = (
+            "--encoder",
+            str(out / "encoders" / name),
+            "--images",
+            str(data / "classification" / "test"),
+            "--out",
+            str(folder),
+            "--benchmark",
+            "mini_zeroshot",
+        )
         done = folder / "summary.json"
         stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, done, ("--resume",)))
     for name in config.encoders:
@@ -167,10 +187,19 @@ def _encoder_stage(name: str, out: Path, config: QuickstartConfig) -> Stage:
     """Get one encoder folder: `clip` from the package, `uta` trained."""
     folder = out / "encoders" / name
     if name == "clip":
-        return Stage("encoder: clip (the teacher)", "quickstart", "apps.quickstart:export_encoder", ("mini-clip", str(folder)), folder, folder / "config.json")
+        return Stage(
+            "encoder: clip (the teacher)",
+            "quickstart",
+            "apps.quickstart:export_encoder",
+            ("mini-clip", str(folder)),
+            folder,
+            folder / "config.json",
+        )
     work = out / "work" / "uta"
     own = ("--data.root", str(out / "data" / "images" / "train"))
-    return _training("encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder))
+    return _training(
+        "encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder)
+    )
 
 
 def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
@@ -187,7 +216,14 @@ def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]
 def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
     """Questions about the test scenes, or their control: each before another question's picture."""
     vqa, folder = out / "data" / "vqa", out / "eval" / name / ("mini_vqa_shuffled" if shuffled else "mini_vqa")
-    flags = ["--model", str(out / "llava" / name), "--questions", str(vqa / "questions_test.json"), "--annotations", str(vqa / "annotations_test.json")]
+    flags = [
+        "--model",
+        str(out / "llava" / name),
+        "--questions",
+        str(vqa / "questions_test.json"),
+        "--annotations",
+        str(vqa / "annotations_test.json"),
+    ]
     flags += ["--train_annotations", str(vqa / "annotations_train.json"), "--images", str(out / "data" / "images"), "--batch_size", "32"]
     flags += ["--out", str(folder), *(["--shuffle_images"] if shuffled else [])]
     title = f"questions, images shuffled (the control): {name}" if shuffled else f"questions: {name}"
@@ -195,7 +231,14 @@ def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
 
 
 def _training(
-    name: str, command: str, package: str, recipe: str, own: Sequence[str], work: Path, config: QuickstartConfig, publish: tuple[Path, Path] | None = None
+    name: str,
+    command: str,
+    package: str,
+    recipe: str,
+    own: Sequence[str],
+    work: Path,
+    config: QuickstartConfig,
+    publish: tuple[Path, Path] | None = None,
 ) -> Stage:
     """A stage that trains by a recipe of a package, with a share of the recipe's steps."""
     path = find_recipe(recipe, RECIPES[package])
@@ -253,7 +296,9 @@ def run_stage(stage: Stage, journal: "Journal", number: int, total: int) -> None
         print(f"\nstopped in stage {number} of {total} ({stage.name}); this goes on with it:\n  {journal.command}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        error.add_note(f"in stage {number} of {total} of the quickstart ({stage.name}); alone: {shlex.join(['mmkit', *stage.command.split(), *stage.argv])}")
+        error.add_note(
+            f"in stage {number} of {total} of the quickstart ({stage.name}); alone: {shlex.join(['mmkit', *stage.command.split(), *stage.argv])}"
+        )
         print(f"stage {number} of {total} ({stage.name}) failed; the stages before it are kept", file=sys.stderr)
         raise
     journal.end(stage, time.monotonic() - begin)
@@ -281,7 +326,9 @@ class Journal:
         self.settings = {"scale": config.scale, "seed": config.seed}
         flags = [] if str(out) == QuickstartConfig().out else ["--out", str(out)]
         flags += [] if config.encoders == list(ENCODERS) else ["--encoders", ",".join(config.encoders)]
-        flags += [word for key, value in self.settings.items() if value != getattr(QuickstartConfig(), key) for word in (f"--{key}", str(value))]
+        flags += [
+            word for key, value in self.settings.items() if value != getattr(QuickstartConfig(), key) for word in (f"--{key}", str(value))
+        ]
         self.command = shlex.join(["mmkit", "quickstart", *flags])
         self.stages: dict[str, dict[str, Any]] = {}
 
@@ -303,7 +350,9 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{self.path} cannot be read ({error}); {self._way_out()}") from error
             if settings != self.settings:
-                differ = ", ".join(f"{key} {settings.get(key)} (now {value})" for key, value in self.settings.items() if settings.get(key) != value)
+                differ = ", ".join(
+                    f"{key} {settings.get(key)} (now {value})" for key, value in self.settings.items() if settings.get(key) != value
+                )
                 raise ConfigError(f"{self.out} was made with other settings: {differ}. Give the old ones again, or {self._way_out()}")
         for stage in stages[1:-1]:  # the data stage compares its own settings; the report depends on nothing else
             noted_stage = self.stages.get(stage.name)
@@ -360,7 +409,13 @@ def overview(console: Console, config: QuickstartConfig, stages: Sequence[Stage]
     table.add_column("")
     for number, stage in enumerate(stages, start=1):
         last = number == len(stages)
-        state = "[green]complete, kept[/green]" if stage.complete and not last else "[yellow]goes on[/yellow]" if stage.begun and not last else "to do"
+        state = (
+            "[green]complete, kept[/green]"
+            if stage.complete and not last
+            else "[yellow]goes on[/yellow]"
+            if stage.begun and not last
+            else "to do"
+        )
         table.add_row(str(number), stage.name, state)
     console.print(table)
     console.print("Ctrl-C stops at the next good moment; the same command goes on from there.")
@@ -372,11 +427,16 @@ def results(console: Console, out: Path, encoders: Sequence[str]) -> None:
     for heading in ("encoder", "zero-shot top-1", "VQA accuracy", "images shuffled", "difference"):
         table.add_column(heading, justify="left" if heading == "encoder" else "right")
     for name in encoders:
-        found = {benchmark: read_metric(out / "eval" / name / benchmark / "summary.json", metric) for benchmark, metric in BENCHMARKS.items()}
+        found = {
+            benchmark: read_metric(out / "eval" / name / benchmark / "summary.json", metric) for benchmark, metric in BENCHMARKS.items()
+        }
         gain = found["mini_vqa"]["value"] - found["mini_vqa_shuffled"]["value"]
         table.add_row(name, *(f"{m['value']:.1f} [{m['ci95'][0]:.1f}, {m['ci95'][1]:.1f}]" for m in found.values()), f"{gain:+.1f}")
     console.print(table)
-    console.print(f"report: {out / 'report.html'}\nask them yourself: mmkit demo" + ("" if str(out) == QuickstartConfig().out else f" --model {out / 'llava' / encoders[0]}"))
+    console.print(
+        f"report: {out / 'report.html'}\nask them yourself: mmkit demo"
+        + ("" if str(out) == QuickstartConfig().out else f" --model {out / 'llava' / encoders[0]}")
+    )
 
 
 def read_metric(path: Path, metric: str) -> dict[str, Any]:

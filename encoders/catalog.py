@@ -45,7 +45,9 @@ class EncoderRow:
 
 
 ENCODERS: dict[str, EncoderRow] = {
-    "mini-clip": EncoderRow("mini-clip", "in this package", "Apache-2.0", "96 px, 6 x 6 patches, joint width 256; the quickstart's teacher"),
+    "mini-clip": EncoderRow(
+        "mini-clip", "in this package", "Apache-2.0", "96 px, 6 x 6 patches, joint width 256; the quickstart's teacher"
+    ),
     "clip-b16": EncoderRow("openclip:ViT-B-16/openai", "downloaded by open_clip", "MIT", "224 px, 14 x 14, joint width 512"),
     "clip-l14": EncoderRow("openclip:ViT-L-14/openai", "downloaded by open_clip", "MIT", "224 px, 16 x 16, joint width 768"),
     "clip-l14-336": EncoderRow("openclip:ViT-L-14-336/openai", "downloaded by open_clip", "MIT", "336 px, 24 x 24; LLaVA-1.5's tower"),
@@ -54,7 +56,9 @@ ENCODERS: dict[str, EncoderRow] = {
     ),
     "eva02-b16": EncoderRow("openclip:EVA02-B-16/merged2b_s8b_b131k", "downloaded by open_clip", "MIT", "224 px, 14 x 14, joint width 512"),
     "eva02-l14": EncoderRow("openclip:EVA02-L-14/merged2b_s4b_b131k", "downloaded by open_clip", "MIT", "224 px, 16 x 16, joint width 768"),
-    "siglip-b16": EncoderRow("openclip:ViT-B-16-SigLIP/webli", "downloaded by open_clip", "Apache-2.0", "224 px, 14 x 14, no CLS, joint width 768"),
+    "siglip-b16": EncoderRow(
+        "openclip:ViT-B-16-SigLIP/webli", "downloaded by open_clip", "Apache-2.0", "224 px, 14 x 14, no CLS, joint width 768"
+    ),
 }
 
 
@@ -76,7 +80,11 @@ def load_encoder(source: str | Path, *, pretrained: bool = True) -> VisionEncode
         return _mini_clip()
     if text in ENCODERS:
         return load_encoder(ENCODERS[text].source, pretrained=pretrained)
-    loaders: dict[str, Callable[[str, str, bool], VisionEncoder]] = {"timm": _from_timm, "openclip": _from_open_clip_name, "hf": _from_hf_name}
+    loaders: dict[str, Callable[[str, str, bool], VisionEncoder]] = {
+        "timm": _from_timm,
+        "openclip": _from_open_clip_name,
+        "hf": _from_hf_name,
+    }
     if name and kind in loaders:
         return loaders[kind](name, text, pretrained).eval()
     folder = Path(text).expanduser()
@@ -94,16 +102,21 @@ def load_encoder(source: str | Path, *, pretrained: bool = True) -> VisionEncode
 
 def encoder_table(encoders: dict[str, VisionEncoder]) -> str:
     """Draw what every start prints: each encoder's parameters, frozen or trained, from where; and how its images are prepared."""
-    table = trainable_table(nn.ModuleDict(dict(encoders)), dict(encoders), {name: encoder.config.origin for name, encoder in encoders.items()})
+    table = trainable_table(
+        nn.ModuleDict(dict(encoders)), dict(encoders), {name: encoder.config.origin for name, encoder in encoders.items()}
+    )
     return "\n".join([table, *(f"{name}: {describe(encoder)}" for name, encoder in encoders.items())])
 
 
 def describe(encoder: VisionEncoder) -> str:
     """Put an encoder's shape and image spec into one line."""
     spec = encoder.spec
-    joint = f"joint width {encoder.joint_width}, text tower {encoder.config.text_tower or 'none'}" if encoder.joint_width else "no joint space"
+    joint = (
+        f"joint width {encoder.joint_width}, text tower {encoder.config.text_tower or 'none'}" if encoder.joint_width else "no joint space"
+    )
     return (
-        f"{encoder.config.architecture}, width {encoder.width}, {encoder.grid[0]} x {encoder.grid[1]} patches + {encoder.num_prefix_tokens}, {joint}; "
+        f"{encoder.config.architecture}, width {encoder.width}, {encoder.grid[0]} x {encoder.grid[1]} patches "
+        f"+ {encoder.num_prefix_tokens}, {joint}; "
         f"images {spec.size} px, {spec.resize}, {spec.interpolation}, crop_pct {spec.crop_pct}"
     )
 
@@ -154,20 +167,26 @@ def _from_timm(name: str, source: str, pretrained: bool) -> VisionEncoder:
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=4, cutoff=0.4)
-        raise NameNotFound(f"no encoder '{source}': timm {timm.__version__} has no model '{base}'; nearest: {', '.join(f'timm:{n}' for n in near)}")
+        raise NameNotFound(
+            f"no encoder '{source}': timm {timm.__version__} has no model '{base}'; nearest: {', '.join(f'timm:{n}' for n in near)}"
+        )
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     classes = cfg.num_classes if cfg else 0
     joint = classes if classes in CLIP_WIDTHS else None
     with torch.device("meta"):
         shape: Any = timm.create_model(name, num_classes=joint or 0)
     if not isinstance(shape, VisionTransformer | Eva):
-        raise ConfigError(f"'{source}' is a {type(shape).__name__}; an encoder here gives tokens: name a vision transformer (VisionTransformer, Eva)")
+        raise ConfigError(
+            f"'{source}' is a {type(shape).__name__}; an encoder here gives tokens: name a vision transformer (VisionTransformer, Eva)"
+        )
     args: dict[str, Any] = {}
     if shape.attn_pool is not None and joint is None:
         joint, args = shape.embed_dim, {"num_classes": 0}  # SigLIP: the pooling itself ends in the joint space
     if not pretrained:
         origin = f"random weights ({source})"
-        return VisionEncoder(VisionEncoderConfig(architecture=base, model_args=args, joint_width=joint, origin=origin, image_spec=image_spec_of(shape)))
+        return VisionEncoder(
+            VisionEncoderConfig(architecture=base, model_args=args, joint_width=joint, origin=origin, image_spec=image_spec_of(shape))
+        )
     try:
         with quiet():
             network = timm.create_model(name, pretrained=True, num_classes=0 if args else joint or 0)
@@ -182,7 +201,8 @@ def _from_timm(name: str, source: str, pretrained: bool) -> VisionEncoder:
 def _no_weights(source: str, error: Exception) -> DataError:
     return DataError(
         f"encoder '{source}' has no weights here: {str(error).splitlines()[0]}. "
-        "Fetch them where there is a network (huggingface_hub keeps them), or name a folder; random weights: load_encoder(..., pretrained=False)"
+        "Fetch them where there is a network (huggingface_hub keeps them), or name a folder; random weights: "
+        "load_encoder(..., pretrained=False)"
     )
 
 
@@ -210,7 +230,7 @@ def _from_folder(folder: Path, source: str) -> VisionEncoder:
         raise DataError(f"encoder folder '{source}': {error}") from error
     state = _folder_weights(folder)
     load_strict(encoder, state, f"{folder / 'model.safetensors'}")
-    encoder.to(next(iter(state.values())).dtype)
+    encoder.network.to(next(iter(state.values())).dtype)
     return encoder.eval()
 
 

@@ -54,7 +54,7 @@ def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool 
         ConfigError: The tower cannot be expressed in timm's form.
     """
     with quiet():
-        model = _open_clip_model(name, origin, pretrained)
+        model: Any = _open_clip_model(name, origin, pretrained)
     spec = _open_clip_spec(model)
     visual: Any = model.visual.eval()
     if isinstance(visual, TimmModel):
@@ -62,7 +62,9 @@ def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool 
     elif isinstance(visual, OpenClipViT):
         encoder = _from_native(visual, spec, origin)
     else:
-        raise ConfigError(f"'{origin}': its image tower is a {type(visual).__name__}; an encoder here gives tokens, so a vision transformer is needed")
+        raise ConfigError(
+            f"'{origin}': its image tower is a {type(visual).__name__}; an encoder here gives tokens, so a vision transformer is needed"
+        )
     encoder.config.text_tower = text_tower
     _assert_equal(encoder, lambda images: model.encode_image(images), origin)
     return encoder.eval()
@@ -79,23 +81,31 @@ def _open_clip_model(name: str, origin: str, pretrained: bool) -> nn.Module:
         raise DataError(f"'{origin}': the folder has no open_clip_config.json")
     if get_model_config(model) is None:
         near = get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.3)
-        raise NameNotFound(f"no encoder '{origin}': open_clip has no model '{model}'; nearest: {', '.join(f'openclip:{other}' for other in near)}")
+        raise NameNotFound(
+            f"no encoder '{origin}': open_clip has no model '{model}'; nearest: {', '.join(f'openclip:{other}' for other in near)}"
+        )
     if not tag or not pretrained:
         return open_clip.create_model(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags and not Path(tag).is_file():
-        raise NameNotFound(f"no encoder '{origin}': open_clip has {model} with {', '.join(tags) or 'no weights'}; '{tag}' is none of them and no file")
+        raise NameNotFound(
+            f"no encoder '{origin}': open_clip has {model} with {', '.join(tags) or 'no weights'}; '{tag}' is none of them and no file"
+        )
     try:
         return open_clip.create_model(model, pretrained=tag, require_pretrained=True)
     except (RuntimeError, OSError) as error:
-        raise DataError(f"encoder '{origin}' has no weights here: {str(error).splitlines()[0]}. Fetch them where there is a network, or name a file") from error
+        raise DataError(
+            f"encoder '{origin}' has no weights here: {str(error).splitlines()[0]}. Fetch them where there is a network, or name a file"
+        ) from error
 
 
 def _open_clip_spec(model: nn.Module) -> ImageSpec:
     cfg: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
     resize: Any = RESIZE_MODES[cfg.get("resize_mode") or "shortest"]
-    return ImageSpec(size=size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), interpolation=cfg.get("interpolation") or "bicubic", resize=resize)
+    return ImageSpec(
+        size=size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), interpolation=cfg.get("interpolation") or "bicubic", resize=resize
+    )
 
 
 def _encoder(architecture: str, args: dict[str, Any], joint: int, spec: ImageSpec, origin: str) -> VisionEncoder:
@@ -107,7 +117,9 @@ def _from_trunk(visual: TimmModel, spec: ImageSpec, origin: str) -> VisionEncode
     """A timm trunk already; open_clip's own linear projection, if there is one, becomes the head."""
     trunk: Any = visual.trunk
     if not hasattr(trunk, "patch_embed") or not hasattr(trunk, "blocks"):
-        raise ConfigError(f"'{origin}': its image tower is a {type(trunk).__name__}; an encoder here gives tokens, so a vision transformer is needed")
+        raise ConfigError(
+            f"'{origin}': its image tower is a {type(trunk).__name__}; an encoder here gives tokens, so a vision transformer is needed"
+        )
     state = dict(trunk.state_dict())
     projection = getattr(visual.head, "proj", None)
     if hasattr(visual.head, "mlp") or (len(visual.head) and projection is None):
@@ -186,8 +198,8 @@ def _assert_equal(encoder: VisionEncoder, reference: Callable[[Tensor], Tensor],
     difference = float((encoder(images).pooler_output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= TOLERANCE:
         raise ConfigError(
-            f"'{origin}' does not convert to timm's {encoder.config.architecture}: the embeddings differ by {difference:.1e} of their largest value. "
-            "The tower has a part that this kit does not know; please report it"
+            f"'{origin}' does not convert to timm's {encoder.config.architecture}: the embeddings differ by {difference:.1e} of their "
+            "largest value. The tower has a part that this kit does not know; please report it"
         )
 
 
@@ -209,7 +221,9 @@ def from_hf(name: str, *, origin: str) -> VisionEncoder:
         else:
             raise ConfigError(f"'{origin}' is a '{kind}'; of transformers' models, CLIP and SigLIP vision towers are taken")
     except OSError as error:
-        raise DataError(f"encoder '{origin}' cannot be had: {str(error).splitlines()[0]}. Give a folder, or fetch it where there is a network") from error
+        raise DataError(
+            f"encoder '{origin}' cannot be had: {str(error).splitlines()[0]}. Give a folder, or fetch it where there is a network"
+        ) from error
     model.eval()
     vision = getattr(config, "vision_config", config)
     spec = ImageSpec(size=vision.image_size, **spec_values)
@@ -225,9 +239,11 @@ def _hf_embedding(model: Any, images: Tensor) -> Tensor:
 
 
 def _hf_spec(name: str, config: Any) -> dict[str, Any]:
-    """Read mean, std and the way to resize from preprocessor_config.json beside the weights; CLIP's and SigLIP's own where there is none."""
+    """Read mean, std and the way to resize from preprocessor_config.json beside the weights; without one they are the family's own."""
     siglip = config.model_type.startswith("siglip")
-    values: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": "squash"} if siglip else {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
+    values: dict[str, Any] = (
+        {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": "squash"} if siglip else {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
+    )
     file = Path(name) / "preprocessor_config.json"
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -292,7 +308,9 @@ def _hf_clip(model: Any, vision: Any, spec: ImageSpec, origin: str) -> VisionEnc
 def _hf_siglip(model: Any, vision: Any, spec: ImageSpec, origin: str) -> VisionEncoder:
     activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
     if vision.hidden_act not in activations:
-        raise ConfigError(f"'{origin}': activation '{vision.hidden_act}' is not known to this conversion; known are {', '.join(activations)}")
+        raise ConfigError(
+            f"'{origin}': activation '{vision.hidden_act}' is not known to this conversion; known are {', '.join(activations)}"
+        )
     args = {**_hf_args(vision), "num_classes": 0, "act_layer": activations[vision.hidden_act]}
     encoder = _encoder("vit_base_patch16_siglip_224", args, vision.hidden_size, spec, origin)
     state = _hf_blocks(_hf_state(model), vision.num_hidden_layers)

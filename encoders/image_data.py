@@ -28,7 +28,9 @@ def find_images(root: Path | str) -> list[Path]:
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"data.root {root}: {'it is a file' if root.exists() else 'there is no such folder'}; give a folder with images in it")
+        raise DataError(
+            f"data.root {root}: {'it is a file' if root.exists() else 'there is no such folder'}; give a folder with images in it"
+        )
     found = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
     found = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
     if not found:

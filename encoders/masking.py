@@ -30,7 +30,8 @@ class MaskConfig:
     """How patches are left out."""
 
     type: Literal["block_reversed", "block", "block_torus", "random", "complementary"] = field(
-        default="block_reversed", metadata={"help": "shape of what is removed; complementary is a block mask and its inverse (ratio 0.5, two views)"}
+        default="block_reversed",
+        metadata={"help": "shape of what is removed; complementary is a block mask and its inverse (ratio 0.5, two views)"},
     )
     ratio: float = field(default=0.4, metadata={"help": "share of patches removed; 0 keeps all"})
     views: int = field(default=1, metadata={"help": "masks of one crop in a step: the student sees each, the teacher the crop once"})
@@ -149,7 +150,9 @@ class Masks:
         if self.kept < 1:
             raise ConfigError(f"mask.ratio {config.ratio} leaves none of {grid[0]} x {grid[1]} patches; make it smaller")
         if config.type == "complementary" and grid[0] * grid[1] % 2:
-            raise ConfigError(f"a grid of {grid[0]} x {grid[1]} patches cannot be halved: complementary masks need an even number of patches")
+            raise ConfigError(
+                f"a grid of {grid[0]} x {grid[1]} patches cannot be halved: complementary masks need an even number of patches"
+            )
 
     def keep(self, epoch: int, index: int) -> Tensor:
         """Give the kept positions [V, K] of an image in an epoch, one row a view, ascending; CLS is not counted."""

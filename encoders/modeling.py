@@ -1,6 +1,7 @@
 """VisionEncoder: any timm vision transformer as a transformers model, with one contract for the whole kit.
 
-Letters: B images, N patches, P prefix tokens (CLS and registers; 0 is allowed), K kept patches, D width, E width of the joint image-text space.
+Letters: B images, N patches, P prefix tokens (CLS and registers; 0 is allowed), K kept patches, D width, E width of the joint
+image-text space.
 
     out = encoder(images)                # images [B, 3, H, W], prepared by encoder.spec
     out.last_hidden_state                # [B, P + N, D], after the final norm
@@ -32,7 +33,7 @@ class VisionEncoderConfig(PreTrainedConfig):
 
     Attributes:
         architecture: A name of `timm.create_model`: a VisionTransformer or an Eva.
-        model_args: Keyword arguments for it, without `num_classes`.
+        model_args: Keyword arguments for it. `num_classes` is E and stays away, but for a 0: attention pooling itself ends in the space.
         image_spec: size, mean, std, interpolation, resize, crop_pct: the fields of `mmkit.images.ImageSpec`.
         joint_width: E, channels of the joint image-text space; None where the network was never tied to text.
         text_tower: The text tower that shares this space ("mini-clip", "openclip:ViT-B-16/openai"), if any.
@@ -92,10 +93,10 @@ class VisionEncoder(PreTrainedModel):
     config: VisionEncoderConfig
     base_model_prefix = "network"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
-    _no_split_modules = ("Block", "EvaBlock", "EvaBlockPostNorm")
+    _no_split_modules = {"Block", "EvaBlock", "EvaBlockPostNorm"}  # noqa: RUF012
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__(config)
@@ -118,7 +119,9 @@ class VisionEncoder(PreTrainedModel):
         }
         for key, value in found.items():
             if getattr(self.config, key, None) not in (None, value):
-                raise ValueError(f"config.json says {key} {getattr(self.config, key)}; {self.config.architecture} with its model_args has {value}")
+                raise ValueError(
+                    f"config.json says {key} {getattr(self.config, key)}; {self.config.architecture} with its model_args has {value}"
+                )
             setattr(self.config, key, value)
         self.config.image_spec = self.config.image_spec or image_spec_of(self.network)
         if image_size[0] != image_size[1] or self.config.image_spec["size"] != image_size[0]:
@@ -128,7 +131,8 @@ class VisionEncoder(PreTrainedModel):
         """Fill what no weight file holds: rotary tables and the like, which are empty after a load on the meta device."""
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            reset: Any = module.init_non_persistent_buffers
+            reset()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.network.set_grad_checkpointing(enable)
@@ -139,7 +143,9 @@ class VisionEncoder(PreTrainedModel):
         try:
             from mmkit.images import ImageSpec
         except ImportError as error:
-            raise ImportError("`spec` makes an mmkit ImageSpec: `pip install mmkit`, or read `config.image_spec`, the same numbers") from error
+            raise ImportError(
+                "`spec` makes an mmkit ImageSpec: `pip install mmkit`, or read `config.image_spec`, the same numbers"
+            ) from error
         return ImageSpec.from_dict(self.config.image_spec or {})
 
     @property
@@ -196,7 +202,7 @@ class VisionEncoder(PreTrainedModel):
         out = BaseModelOutputWithPooling(
             last_hidden_state=features,
             pooler_output=self.network.forward_head(features),  # [B, E]
-            hidden_states=tuple(states.get(layer) for layer in range(len(self.network.blocks) + 1)) if wanted else None,
+            hidden_states=tuple(map(states.get, range(len(self.network.blocks) + 1))) if wanted else None,  # None: not wanted
         )
         return out.to_tuple() if return_dict is False else out
 
@@ -215,7 +221,9 @@ class VisionEncoder(PreTrainedModel):
             ValueError: There is no joint space, or the network pools in a way that gives single tokens no place in it.
         """
         if self.config.joint_width is None:
-            raise ValueError(f"'{self.config.origin}' ({self.config.architecture}) has no joint image-text space: tokens need a CLIP-like encoder")
+            raise ValueError(
+                f"'{self.config.origin}' ({self.config.architecture}) has no joint image-text space: tokens need a CLIP-like encoder"
+            )
         network, prefix = self.network, self.num_prefix_tokens
         features = self._features(images, keep)  # [B, P + K, D]
         patches = features[:, prefix:]
@@ -224,15 +232,19 @@ class VisionEncoder(PreTrainedModel):
             joint = network.head(network.fc_norm(network.attn_pool(alone))).unflatten(0, patches.shape[:2])
             return torch.cat([network.forward_head(features).unsqueeze(1), joint], dim=1)
         if network.global_pool != "token":
-            raise ValueError(f"{self.config.architecture} pools by '{network.global_pool}'; single tokens have a place in the joint space with "
-                             "'token' (and attention pooling) only")
+            raise ValueError(
+                f"{self.config.architecture} pools by '{network.global_pool}'; single tokens have a place in the joint space with "
+                "'token' (and attention pooling) only"
+            )
         return network.head(network.fc_norm(torch.cat([features[:, :1], patches], dim=1)))
 
     def _features(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """Run the network up to its final norm: [B, P + K, D]. `keep` never outlives the call."""
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, self.config.image_size, self.config.image_size):
             size = self.config.image_size
-            raise ValueError(f"images are {list(images.shape)}; '{self.config.origin}' takes [B, 3, {size}, {size}]: use encoder.spec.transform()")
+            raise ValueError(
+                f"images are {list(images.shape)}; '{self.config.origin}' takes [B, 3, {size}, {size}]: use encoder.spec.transform()"
+            )
         if keep is not None and (keep.dim() != 2 or len(keep) != len(images)):
             raise ValueError(f"keep is {list(keep.shape)} for {len(images)} images; [B, K] patch positions were expected")
         drop = self.network.patch_drop
@@ -271,7 +283,9 @@ def layer_numbers(layers: Layers, depth: int) -> set[int]:
     numbers = [layers] if isinstance(layers, int) else list(layers)
     wrong = [number for number in numbers if not -depth - 1 <= number <= depth]
     if wrong:
-        raise ValueError(f"hidden state {wrong[0]} was asked for; this encoder has {-depth - 1} to {depth} ({depth} blocks and what enters them)")
+        raise ValueError(
+            f"hidden state {wrong[0]} was asked for; this encoder has {-depth - 1} to {depth} ({depth} blocks and what enters them)"
+        )
     return {number % (depth + 1) for number in numbers}
 
 
@@ -283,7 +297,7 @@ def build_network(architecture: str, model_args: dict[str, Any], joint_width: in
     """
     if model_args.get("patch_drop_rate"):
         raise ValueError("patch_drop_rate is not for model_args: patches are dropped by `tokens(images, keep)`")
-    args = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
+    args: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     # SigLIP has a joint space and no head: its attention pooling ends in it
     headless = joint_width is None or (args.get("num_classes") == 0)
     args["num_classes"] = 0 if headless else joint_width

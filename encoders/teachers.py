@@ -55,7 +55,7 @@ class Teacher:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Teacher":
         """Move it; bfloat16 weights save casting them anew in each step."""
-        self.encoder.to(device=device, dtype=dtype)
+        self.encoder.network.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
@@ -69,7 +69,9 @@ class Teacher:
             raise ConfigError(f"teacher '{self.source}': {error}") from error
         difference = float((tokens[:, 0] - pooled).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(pooled.abs().max())):
-            raise ConfigError(f"teacher '{self.source}': its token path ends {difference:.1e} away from its own image embedding; it cannot teach tokens")
+            raise ConfigError(
+                f"teacher '{self.source}': its token path ends {difference:.1e} away from its own image embedding; it cannot teach tokens"
+            )
 
 
 def load_teacher(source: str) -> Teacher:
@@ -92,7 +94,7 @@ def check_grids(student: VisionEncoder, teacher: Teacher) -> None:
         patch = student.spec.size // student.grid[0]
         size = patch * teacher.grid[0]
         raise ConfigError(
-            f"the student sees {student.grid[0]} x {student.grid[1]} patches ({student.spec.size} px, patch {patch}), the teacher '{teacher.source}' "
-            f"{teacher.grid[0]} x {teacher.grid[1]} ({teacher.spec.size} px). Give the student the same grid: --encoder.model_args.img_size {size}, "
-            "or another patch_size"
+            f"the student sees {student.grid[0]} x {student.grid[1]} patches ({student.spec.size} px, patch {patch}), "
+            f"the teacher '{teacher.source}' {teacher.grid[0]} x {teacher.grid[1]} ({teacher.spec.size} px). "
+            f"Give the student the same grid: --encoder.model_args.img_size {size}, or another patch_size"
         )

@@ -33,12 +33,12 @@ def word_tokenizer(texts: Iterable[str], entries: int = 4096) -> PreTrainedToken
         A Hugging Face tokenizer; open_clip's `HFTokenizer` reads what its `save_pretrained` writes.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,'\"-:;?!&()/")
     trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=[PAD, UNKNOWN, END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, END_ID)])  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, END_ID)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=END)
 
 

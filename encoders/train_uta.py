@@ -47,7 +47,9 @@ class StudentConfig:
     """The network to be trained."""
 
     architecture: str = field(default="eva02_base_patch14_224", metadata={"help": "a timm VisionTransformer or Eva"})
-    model_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "its arguments: img_size, patch_size, embed_dim, depth, ..."})
+    model_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "its arguments: img_size, patch_size, embed_dim, depth, ..."}
+    )
 
 
 @dataclass
@@ -55,7 +57,9 @@ class DataConfig:
     """What is looked at."""
 
     root: str = field(default="", metadata={"help": "folder of images, searched to its depths; no labels, no texts"})
-    on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "an unreadable image: stop, or leave it out, listed"})
+    on_bad_sample: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "an unreadable image: stop, or leave it out, listed"}
+    )
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata={"help": "share of the area a random crop covers, from and to"})
     flip: float = field(default=0.5, metadata={"help": "probability of mirroring left and right"})
     cache: bool = field(default=False, metadata={"help": "keep decoded images in memory: for small sets"})
@@ -110,7 +114,9 @@ def alignment_loss(predicted: Tensor, target: Tensor, cls_weight: float | None =
     Source: Unmasked Token Alignment (UTA), section 3. The paper minimises the negative cosine; 1 - cosine has the same gradient.
     """
     if predicted.shape != target.shape:
-        raise ValueError(f"student tokens {list(predicted.shape)}, teacher tokens {list(target.shape)}: were both given the same keep indices?")
+        raise ValueError(
+            f"student tokens {list(predicted.shape)}, teacher tokens {list(target.shape)}: were both given the same keep indices?"
+        )
     distance = 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1)  # [B, 1 + K]; float: bfloat16 steps by 0.004 near 1
     terms = {"cls": distance[:, 0].mean(), "patches": distance[:, 1:].mean()}
     weight = 1 / distance.shape[1] if cls_weight is None else cls_weight
@@ -137,7 +143,9 @@ def build_student(config: StudentConfig, teacher: Teacher) -> VisionEncoder:
         args.setdefault("head_init_scale", 1.0)
     try:
         student = VisionEncoder(
-            VisionEncoderConfig(architecture=config.architecture, model_args=args, joint_width=teacher.joint_width, text_tower=teacher.text_tower)
+            VisionEncoderConfig(
+                architecture=config.architecture, model_args=args, joint_width=teacher.joint_width, text_tower=teacher.text_tower
+            )
         )
     except ValueError as error:
         raise ConfigError(f"encoder.architecture '{config.architecture}': {error}") from error
@@ -182,15 +190,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     low, high = config.data.scale
     crop_spec = max(student.spec, teacher.spec, key=lambda spec: spec.size)  # one crop for both; the smaller one's is resized on the device
     dataset = ImageFolder(
-        config.data.root, crop_spec, seed=config.run.seed, scale=(low, high), flip=config.data.flip, on_bad_sample=config.data.on_bad_sample,
-        bad_list=run.folder / "bad_samples.jsonl", cache=config.data.cache, extra=lambda epoch, index: {"keep": masks.keep(epoch, index)},
-    )  # fmt: skip
+        config.data.root,
+        crop_spec,
+        seed=config.run.seed,
+        scale=(low, high),
+        flip=config.data.flip,
+        on_bad_sample=config.data.on_bad_sample,
+        bad_list=run.folder / "bad_samples.jsonl",
+        cache=config.data.cache,
+        extra=lambda epoch, index: {"keep": masks.keep(epoch, index)},
+    )
 
     groups = param_groups(student, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
     run.print(trainable_table(student, {"student": student, "teacher": teacher.encoder}, {"teacher": teacher.encoder.config.origin}))
     run.print(f"student: {describe(student)}\nteacher: {describe(teacher.encoder)}")
-    run.print(f"{len(dataset)} images; {config.mask.type}: {masks.kept} of {student.num_patches} patches kept, {config.mask.views} view(s) of each crop")
+    run.print(
+        f"{len(dataset)} images; {config.mask.type}: {masks.kept} of {student.num_patches} patches kept, "
+        f"{config.mask.views} view(s) of each crop"
+    )
     model, optimizer = run.prepare(student, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), config.warmup, config.final_lr / config.lr))
 

@@ -203,10 +203,11 @@ def _assemble(config: LlavaConfig, tower: PreTrainedModel, language: PreTrainedM
 
 def make_second_layer_identity(projector: nn.Module) -> None:
     """Make the stock projector's second layer the identity, which leaves one linear layer."""
+    second: Any = projector.linear_2
     with torch.no_grad():
-        nn.init.eye_(projector.linear_2.weight)
-        if projector.linear_2.bias is not None:
-            projector.linear_2.bias.zero_()
+        nn.init.eye_(second.weight)
+        if second.bias is not None:
+            second.bias.zero_()
 
 
 def _image_token_id(tokenizer: Any, language: PreTrainedModel) -> int:
@@ -284,9 +285,9 @@ def set_stage(model: LlavaForConditionalGeneration, train_llm: bool) -> None:
             freeze(part)
 
 
-def label_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """How many tokens of a batch are predicted []: what its mean loss is a mean over."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+def label_tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens of a batch are predicted: what its mean loss is a mean over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:

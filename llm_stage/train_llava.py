@@ -252,7 +252,9 @@ def checkpoint_llm(model: LlavaForConditionalGeneration) -> None:
     llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     llm.__dict__.pop("train", None)  # stage 1 froze it in eval mode, in which nothing is recomputed
     dropouts = [name for name, module in llm.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    if not any(parameter.requires_grad for parameter in llm.parameters()) and (dropouts or getattr(llm.config, "attention_dropout", 0)):
+    if not any(parameter.requires_grad for parameter in llm.parameters()) and (
+        dropouts or bool(getattr(llm.config, "attention_dropout", 0))
+    ):
         raise ConfigError("gradient_checkpointing would wake the frozen LLM's dropout in stage 1: set its dropout to 0, or switch this off")
 
 

@@ -126,7 +126,7 @@ def mimetic_init(model: LlamaForCausalLM) -> None:
     """
     for layer in model.model.layers:
         attention = layer.self_attn
-        torch.nn.init.normal_(attention.q_proj.weight, std=0.04)   # the same word scores about 3 above others, before position turns it
+        torch.nn.init.normal_(attention.q_proj.weight, std=0.04)  # the same word scores about 3 above others, before position turns it
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         torch.nn.init.orthogonal_(attention.v_proj.weight, gain=0.3)
         attention.o_proj.weight.copy_(attention.v_proj.weight.T)

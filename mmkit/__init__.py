@@ -5,6 +5,7 @@ that define them announce themselves by entry points of the group "mmkit.models"
 loaded with transformers, not before, since that takes seconds which `mmkit --help` need not wait for.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -39,6 +40,10 @@ class _AlongWithTransformers(MetaPathFinder):
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
+
+# Read when torch is loaded, so it counts where mmkit comes first, as in `mmkit ...`. OpenMP's threads spin while they wait: with as many
+# threads as cores and any other busy process, small trainings became ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if "transformers" in sys.modules:
     register_models()

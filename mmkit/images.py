@@ -147,7 +147,8 @@ class ImageSpec:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ConfigError(f"image spec: unknown {', '.join(unknown)}; known are {', '.join(cls.__dataclass_fields__)}")
-        return cls(**{key: tuple(value) if key in ("mean", "std") else value for key, value in values.items()})
+        fields: dict[str, Any] = {key: tuple(value) if key in ("mean", "std") else value for key, value in values.items()}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Give JSON values that `from_dict` takes back."""
@@ -215,10 +216,10 @@ class ImageSpec:
             image = canvas
         if self.resize == "crop":  # the long side is cut down to a whole pixel, as torchvision and transformers do
             short = min(image.size)
-            target = tuple(scaled if edge == short else int(scaled * edge / short) for edge in image.size)
+            width, height = (scaled if edge == short else int(scaled * edge / short) for edge in image.size)
         else:
-            target = (scaled, scaled)
-        image = image.resize(target, FILTERS[self.interpolation])
+            width, height = scaled, scaled
+        image = image.resize((width, height), FILTERS[self.interpolation])
         left, top = (round((edge - self.size) / 2.0) for edge in image.size)  # half to even, as torchvision does, and CLIP with it
         return image.crop((left, top, left + self.size, top + self.size)) if image.size != (self.size, self.size) else image
 

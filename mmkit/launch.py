@@ -115,9 +115,8 @@ def _plugin(settings: dict[str, Any]) -> DeepSpeedPlugin:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         settings.setdefault(key, "auto")  # Accelerate would put its own defaults; `complete_deepspeed` fills them in
     settings.setdefault("zero_optimization", {"stage": 0})
-    for section in ("zero_optimization",):  # the size keys wait for the model, see `complete_deepspeed`
-        if not isinstance(settings[section], dict):
-            raise ConfigError(f"run.deepspeed.{section} is {settings[section]!r}; it should be a group of settings")
+    if not isinstance(settings["zero_optimization"], dict):
+        raise ConfigError(f"run.deepspeed.zero_optimization is {settings['zero_optimization']!r}; it should be a group of settings")
     return DeepSpeedPlugin(hf_ds_config=settings)
 
 

@@ -196,7 +196,7 @@ def examples(data: RunData, limit: int = EXAMPLES) -> list[dict[str, Any]]:
             continue
         for name in _choose(shared, evaluations, limit):
             item = evaluations[0].items[name]
-            row = {
+            row: dict[str, Any] = {
                 "benchmark": benchmark,
                 "id": name,
                 "kind": item.kind,

@@ -24,8 +24,11 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def child_environment(tmp_path: Path) -> dict[str, str]:
+def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process that a test starts: this tree first, and a place of its own for compiled extensions."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
-    return {**{key: value for key, value in os.environ.items() if key not in dropped}, "PYTHONPATH": path}
+    # A build that is killed leaves a lock, and later ones wait for it for ever: never in the user's own cache.
+    extensions = str(tmp_path_factory.getbasetemp() / "torch_extensions")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": extensions}

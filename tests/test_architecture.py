@@ -19,7 +19,10 @@ LEVELS = ["mmkit", "encoders", "llm_stage", "apps"]  # a level may import itself
 SOURCES = sorted(path for level in LEVELS for path in (ROOT / level).rglob("*.py"))
 RECIPES = sorted(path for level in LEVELS for path in (ROOT / level / "recipes").rglob("*.yaml"))
 # Which script a recipe is for stands in its head: "# run  ... encoders/train_uta.py ..." or "# run  mmkit train uta ...".
-EXPECTED_RECIPES = {"encoders": {"mini_clip", "mini_uta", "mini_uta_quick"}, "llm_stage": {"mini_llm", "mini_stage1", "mini_stage2"}}
+EXPECTED_RECIPES = {
+    "encoders": {"mini_clip", "mini_uta", "mini_uta_quick", "uta_vit_b14"},
+    "llm_stage": {"llava_v15_stage1", "llava_v15_stage2", "mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
+}
 
 
 def module_of(path: Path) -> str:
@@ -80,18 +83,27 @@ def test_an_arrow_that_climbs_is_seen(tmp_path: Path) -> None:
     climbing = tmp_path / "climbing.py"
     climbing.write_text("def f():\n    from encoders.modeling import VisionEncoder\n    import llm_stage.train_llava\n")
     assert len(violations(climbing, "mmkit.climbing")) == 4  # both names of the first import, and the second one for arrow and script
-    assert violations(climbing, "llm_stage.climbing") == [f"{climbing}:3: imports the script llm_stage.train_llava; what two scripts share belongs in a library file"]
+    assert violations(climbing, "llm_stage.climbing") == [
+        f"{climbing}:3: imports the script llm_stage.train_llava; what two scripts share belongs in a library file"
+    ]
 
 
 def test_apps_import_scripts_only_when_asked() -> None:
-    eager = [name for path in SOURCES if module_of(path).startswith("apps") for name, _ in imports(path, everywhere=False) if is_script(name)]
+    eager = [
+        name for path in SOURCES if module_of(path).startswith("apps") for name, _ in imports(path, everywhere=False) if is_script(name)
+    ]
     assert eager == []
 
 
 def test_no_file_of_ours_bears_the_name_of_an_installed_package() -> None:
     """`deepspeed llm_stage/train_llava.py` puts llm_stage/ first on sys.path: a `datasets.py` there would be everybody's `import datasets`."""
-    ours = {path.stem if path.name != "__init__.py" else path.parent.name for path in SOURCES if path.parent.name in LEVELS} - {"__init__", *LEVELS}
-    taken = set(metadata.packages_distributions()) | set(sys.stdlib_module_names) | {"datasets", "tokenizers", "evaluate", "accelerate", "peft"}
+    ours = {path.stem if path.name != "__init__.py" else path.parent.name for path in SOURCES if path.parent.name in LEVELS} - {
+        "__init__",
+        *LEVELS,
+    }
+    taken = (
+        set(metadata.packages_distributions()) | set(sys.stdlib_module_names) | {"datasets", "tokenizers", "evaluate", "accelerate", "peft"}
+    )
     assert sorted(ours & taken) == []
 
 
@@ -104,7 +116,11 @@ def test_every_script_has_a_main_and_does_nothing_on_import() -> None:
         assert len(mains) == 1, f"{path} has no main"
         assert ast.unparse(mains[0].returns or ast.Constant(None)) == "Path", f"{path}: main gives its folder back"
         work = [node for node in tree.body if isinstance(node, ast.For | ast.While | ast.With)]
-        work += [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not ast.unparse(node).startswith("sys.path")]
+        work += [
+            node
+            for node in tree.body
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not ast.unparse(node).startswith("sys.path")
+        ]
         assert work == [], f"{path}: line {work[0].lineno} runs on import"
 
 
@@ -124,11 +140,21 @@ def test_every_recipe_is_found() -> None:
 def test_recipe_loads_into_the_settings_of_the_script_it_names(path: Path) -> None:
     head = path.read_text(encoding="utf-8")
     level = path.relative_to(ROOT).parts[0]
-    named = {script.stem for script in (ROOT / level).glob("train_*.py") if script.name in head or f"mmkit train {script.stem.removeprefix('train_')}" in head}
+    named = {
+        script.stem
+        for script in (ROOT / level).glob("train_*.py")
+        if script.name in head or f"mmkit train {script.stem.removeprefix('train_')}" in head
+    }
     assert len(named) == 1, f"the head of {path.name} should name the one script it is for, on its `run` line; found {sorted(named)}"
     module = importlib.import_module(f"{level}.{named.pop()}")
-    settings = [value for value in vars(module).values() if is_dataclass(value) and isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "run")]
-    settings = settings or [value for value in vars(module).values() if is_dataclass(value) and "run" in getattr(value, "__dataclass_fields__", {})]
+    settings = [
+        value
+        for value in vars(module).values()
+        if is_dataclass(value) and isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "run")
+    ]
+    settings = settings or [
+        value for value in vars(module).values() if is_dataclass(value) and "run" in getattr(value, "__dataclass_fields__", {})
+    ]
     assert len(settings) == 1, f"{module.__name__} has {len(settings)} dataclasses with a `run` field"
     load_config(settings[0], ["--recipe", str(path)])
 

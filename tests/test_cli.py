@@ -42,7 +42,13 @@ def test_help_imports_neither_torch_nor_gradio() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [(["quickstrt"], "quickstart"), (["train", "utta"], "train uta"), (["trian", "uta"], "train uta"), (["vqa"], "eval vqa"), (["dmeo", "--port", "1"], "demo")],
+    [
+        (["quickstrt"], "quickstart"),
+        (["train", "utta"], "train uta"),
+        (["trian", "uta"], "train uta"),
+        (["vqa"], "eval vqa"),
+        (["dmeo", "--port", "1"], "demo"),
+    ],
 )
 def test_a_typo_is_answered_with_the_nearest_command(typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(typed) == 2
@@ -72,7 +78,9 @@ def test_the_words_after_a_command_reach_its_main(monkeypatch: pytest.MonkeyPatc
         ("SystemExit(3)", 3, ""),
     ],
 )
-def test_exit_codes(raised: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(
+    raised: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = f"raises_{abs(hash(raised))}"
     (tmp_path / f"{name}.py").write_text(f"def main(argv):\n    raise {raised}\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -114,7 +114,11 @@ def test_a_follow_up_about_the_same_image_comes_with_what_went_before() -> None:
     session = ChatSession(ModelShelf([model]))
     ask(session, "what is it?", image)
     ask(session, "what colour?", image)
-    assert [(turn.role, turn.text) for turn in model.requests[1].turns] == [("user", "<image>\nwhat is it?"), ("assistant", "a cat"), ("user", "what colour?")]
+    assert [(turn.role, turn.text) for turn in model.requests[1].turns] == [
+        ("user", "<image>\nwhat is it?"),
+        ("assistant", "a cat"),
+        ("user", "what colour?"),
+    ]
     ask(session, "and this?", other)
     assert [turn.text for turn in model.requests[2].turns] == ["<image>\nand this?"]
     ask(session, "alone?", other, Limits(remember=False))
@@ -221,7 +225,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def watched(chromium: Any) -> Iterator[Any]:
     """Opens pages whose every request must go to loopback, and whose console must stay clean."""
     requests: list[str] = []

@@ -164,7 +164,13 @@ def test_a_fresh_process_without_the_kit_loads_it_from_the_folder_alone(images: 
         f"model = AutoModel.from_pretrained({str(tmp_path / 'e')!r}, trust_remote_code=True).eval()\n"
         "print('difference', float((model(io['images']).pooler_output - io['expected']).abs().max()), model.config.image_spec['size'])\n"
     )
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert "difference 0.0 32" in done.stdout, done.stdout + done.stderr
 
@@ -172,7 +178,9 @@ def test_a_fresh_process_without_the_kit_loads_it_from_the_folder_alone(images: 
 @pytest.mark.parametrize("kind", ["eva", "clip", "siglip"])
 def test_llava_takes_it_as_its_tower_unchanged(kind: str, images: torch.Tensor, tmp_path: Path) -> None:
     model = encoder(kind)
-    text = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    text = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
     select = "default" if model.num_prefix_tokens else "full"
     config = LlavaConfig(vision_config=model.config, text_config=text, image_token_index=49, vision_feature_select_strategy=select)
     llava = LlavaForConditionalGeneration(config).eval()
@@ -218,7 +226,13 @@ def clip_folder(folder: Path, vision: str, quick_gelu: bool = False) -> tuple[st
             torch.nn.init.normal_(parameter, std=0.5)  # biases of 0 would hide one that is lost
     folder.mkdir()
     save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    preprocess = {"size": VISION[vision]["image_size"], "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "interpolation": "bicubic"}
+    preprocess = {
+        "size": VISION[vision]["image_size"],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "resize_mode": "squash",
+        "interpolation": "bicubic",
+    }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return f"openclip:{folder}", model
 
@@ -236,7 +250,10 @@ def test_an_open_clip_tower_gives_open_clips_own_embedding(vision: str, quick_ge
 
 
 @pytest.mark.parametrize(("vision", "words"), [
-    ("native_no_norm", "without its first norm"), ("native_average", "pooling 'avg'"), ("resnet", "ModifiedResNet"), ("mini_mlp", "no single linear"),
+    ("native_no_norm", "without its first norm"),
+    ("native_average", "pooling 'avg'"),
+    ("resnet", "ModifiedResNet"),
+    ("mini_mlp", "no single linear"),
 ])  # fmt: skip
 def test_a_tower_that_cannot_be_expressed_is_refused(vision: str, words: str, tmp_path: Path) -> None:
     source, _ = clip_folder(tmp_path / "clip", vision)
@@ -282,7 +299,7 @@ def test_a_timm_name_gives_timms_network(tmp_path: Path) -> None:
     ("openclip:ViT-B-16/opnai", "openai"),
 ])  # fmt: skip
 def test_an_unknown_name_is_answered_with_its_neighbours(source: str, near: str) -> None:
-    with pytest.raises(NameNotFound, match="nearest|open_clip has") as caught:
+    with pytest.raises(NameNotFound, match=r"nearest|open_clip has") as caught:
         load_encoder(source)
     assert near in str(caught.value)
     assert source in str(caught.value)
@@ -336,7 +353,7 @@ def test_a_damaged_folder_is_refused_by_name(damage: str, words: str, tmp_path: 
 
 def test_a_run_folder_points_to_the_encoder_in_it(tmp_path: Path) -> None:
     encoder().save_pretrained(tmp_path / "run" / "encoder")
-    with pytest.raises(DataError, match="Did you mean .*encoder"):
+    with pytest.raises(DataError, match=r"Did you mean .*encoder"):
         load_encoder(tmp_path / "run")
 
 

@@ -40,7 +40,9 @@ def test_the_golden_rows_are_found() -> None:
     assert {row["scheme"] for row in ROWS} == set(SCHEMES)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["grid"] == 14 or row["ratio"] == 0.7], ids=lambda row: "{grid}-{ratio}-{scheme}".format(**row))
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row["grid"] == 14 or row["ratio"] == 0.7], ids=lambda row: "{grid}-{ratio}-{scheme}".format(**row)
+)
 def test_the_masks_look_like_the_reference(row: dict[str, Any]) -> None:
     masks = Masks(MaskConfig(row["scheme"], row["ratio"]), (row["grid"], row["grid"]), seed=1)
     keep = torch.cat([masks.keep(0, index) for index in range(COUNT)]).numpy()
@@ -58,13 +60,14 @@ def test_the_masks_look_like_the_reference(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("grid", [(6, 6), (3, 4), (14, 14), (2, 2)])
 def test_the_count_is_exact_and_positions_are_distinct(scheme: str, grid: tuple[int, int]) -> None:
     views = 2 if scheme == "complementary" else 1
-    masks = Masks(MaskConfig(scheme, 0.5, views), grid)  # type: ignore[arg-type]
+    ratio = 0.5 if scheme == "complementary" else 0.3  # at 0.5 a plain flip would keep the count too
+    masks = Masks(MaskConfig(scheme, ratio, views), grid)  # type: ignore[arg-type]
     for index in range(50):
         keep = masks.keep(0, index)
-        assert keep.shape == (views, kept_count(grid[0] * grid[1], 0.5))
+        assert keep.shape == (views, kept_count(grid[0] * grid[1], ratio))
         for row in keep.tolist():
             assert row == sorted(set(row))
-            assert 0 <= row[0]
+            assert row[0] >= 0
             assert row[-1] < grid[0] * grid[1]
 
 
@@ -96,7 +99,7 @@ def test_the_counts_of_the_paper() -> None:
 def test_what_cannot_be_masked_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mask.ratio is 1.0"):
         Masks(MaskConfig("random", 1.0), (6, 6))
-    with pytest.raises(ConfigError, match="give 0.5 and 2"):
+    with pytest.raises(ConfigError, match=r"give 0\.5 and 2"):
         MaskConfig("complementary", 0.5, 1).validate()
     with pytest.raises(ConfigError, match="3 x 3 patches cannot be halved"):
         Masks(MaskConfig("complementary", 0.5, 2), (3, 3))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,20 +169,22 @@ def read_word(pixels: np.ndarray) -> str:
     distance = np.min([np.abs(pixels - tone).sum(2) for tone in ground], axis=0)
     found = cut_to_ink(distance / distance.max())
     best = (np.inf, "")
-    for size in range(16, 36):
-        font = ImageFont.load_default(size)
-        for word in WORDS:
-            mask = font.getmask(word)
-            letters = cut_to_ink(np.array(mask, dtype=np.float64).reshape(mask.size[::-1]) / 255)
-            if np.abs(np.subtract(letters.shape, found.shape)).max() <= 1:
-                height, width = np.minimum(letters.shape, found.shape)
-                best = min(best, (float(np.abs(letters[:height, :width] - found[:height, :width]).mean()), word))
+    for word, letters in every_word_in_every_size():
+        if np.abs(np.subtract(letters.shape, found.shape)).max() <= 1:
+            height, width = np.minimum(letters.shape, found.shape)
+            best = min(best, (float(np.abs(letters[:height, :width] - found[:height, :width]).mean()), word))
     return best[1]
 
 
+@cache
+def every_word_in_every_size() -> list[tuple[str, np.ndarray]]:
+    masks = [(word, ImageFont.load_default(size).getmask(word)) for size in range(20, 36) for word in WORDS]
+    return [(word, cut_to_ink(np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1]) / 255)) for word, mask in masks]
+
+
 def cut_to_ink(alpha: np.ndarray) -> np.ndarray:
-    ink = alpha > 0.25
-    return alpha[np.ix_(ink.any(1), np.ones(alpha.shape[1], bool))][:, ink.any(0).argmax() : alpha.shape[1] - ink.any(0)[::-1].argmax()]
+    rows, columns = np.nonzero(alpha > 0.25)
+    return alpha[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
 def test_splits_share_no_picture_and_train_knows_no_unseen_drawing(data: Path) -> None:

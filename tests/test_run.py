@@ -28,7 +28,7 @@ def train(folder: Path, *flags: str) -> list[dict[str, Any]]:
 def launch(environment: dict[str, str], folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Train in other processes."""
     words = [sys.executable, *launcher, str(SCRIPT), "--output_dir", str(folder), *BASE, *flags]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=550)
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -308,6 +308,7 @@ def test_a_deepspeed_block_is_not_used_without_a_launcher(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first start compiles an extension: 40 s alone, minutes on a busy machine
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_on_two_processes_equals_one_process_and_resumes(tmp_path: Path, child_environment: dict[str, str], stage: int) -> None:
     pytest.importorskip("deepspeed")
