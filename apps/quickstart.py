@@ -196,7 +196,8 @@ def _encoder_stage(name: str, out: Path, config: QuickstartConfig) -> Stage:
             folder / "config.json",
         )
     work = out / "work" / "uta"
-    own = ("--data.root", str(out / "data" / "images" / "train"))
+    seen = (out / "data" / "images" / "train", out / "data" / "classification" / "train")
+    own = ("--data.root", ",".join(map(str, seen)))
     return _training(
         "encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder)
     )

@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     _refuse_folder(out, config)
     data = find_images(Path(config.images), config.classnames)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    encoder = freeze(load_encoder(config.encoder)).to(device)
+    encoder = freeze(load_encoder(config.encoder))
+    torch.nn.Module.to(encoder, device)  # what transformers wraps around `to` has lost its types
     if encoder.joint_width is None:
         raise ConfigError(f"--encoder {config.encoder} has no joint image-text space: zero-shot needs a CLIP-like encoder or a UTA student")
     tower = load_text_tower(config.text_tower or encoder.config.text_tower or "")

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,18 @@ from mmkit.records import read_jsonl
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 OnBad = Literal["error", "skip"]
+Roots = Path | str | Sequence[Path | str]
 
 
-def find_images(root: Path | str) -> list[Path]:
-    """Find all image files below a folder, sorted by their path; hidden files and folders are left out.
+def find_images(roots: Roots) -> list[Path]:
+    """Find all image files below one or several folders, sorted by their path in each; hidden files and folders are left out.
 
     Raises:
         DataError: There is no such folder, or no image in it.
     """
-    root = Path(root).expanduser()
+    if not isinstance(roots, str | Path):
+        return [path for root in roots for path in find_images(root)]
+    root = Path(roots).expanduser()
     if not root.is_dir():
         raise DataError(
             f"data.root {root}: {'it is a file' if root.exists() else 'there is no such folder'}; give a folder with images in it"
@@ -39,10 +42,10 @@ def find_images(root: Path | str) -> list[Path]:
 
 
 class ImageFolder:
-    """Random crops of all images below a folder.
+    """Random crops of all images below one or several folders.
 
     Args:
-        root: The folder.
+        roots: The folder or folders.
         spec: Size of a crop, and the filter it is resized with.
         seed: The run's.
         scale, flip: Share of the area a crop covers, from and to; probability of mirroring.
@@ -54,7 +57,7 @@ class ImageFolder:
 
     def __init__(
         self,
-        root: Path | str,
+        roots: Roots,
         spec: ImageSpec,
         *,
         seed: int = 0,
@@ -65,7 +68,7 @@ class ImageFolder:
         cache: bool = False,
         extra: Callable[[int, int], dict[str, Tensor]] | None = None,
     ) -> None:
-        self.root, self.paths = Path(root), find_images(root)
+        self.paths = find_images(roots)
         self.spec, self.seed, self.scale, self.flip = spec, seed, scale, flip
         self.on_bad_sample, self.bad_list, self.extra = on_bad_sample, bad_list, extra
         self.cache: dict[int, np.ndarray] | None = {} if cache else None
@@ -96,9 +99,9 @@ class ImageFolder:
 
     def _image(self, index: int) -> Image.Image:
         if self.cache is None:
-            return open_image(self.paths[index], f"item {index} of {self.root}")
+            return open_image(self.paths[index], f"image {index + 1} of {len(self.paths)}")
         if index not in self.cache:
-            self.cache[index] = np.array(open_image(self.paths[index], f"item {index} of {self.root}"))
+            self.cache[index] = np.array(open_image(self.paths[index], f"image {index + 1} of {len(self.paths)}"))
         return Image.fromarray(self.cache[index])
 
     def _note(self, index: int, error: ImageError) -> None:

@@ -56,7 +56,7 @@ class StudentConfig:
 class DataConfig:
     """What is looked at."""
 
-    root: str = field(default="", metadata={"help": "folder of images, searched to its depths; no labels, no texts"})
+    root: list[str] = field(default_factory=list, metadata={"help": "folders of images, searched to their depths; no labels, no texts"})
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "an unreadable image: stop, or leave it out, listed"}
     )
@@ -67,7 +67,7 @@ class DataConfig:
     def validate(self) -> None:
         """Refuse a missing folder and shares that are none."""
         if not self.root:
-            raise ConfigError("data.root is empty; give a folder of images: --data.root FOLDER")
+            raise ConfigError("data.root is empty; give folders of images: --data.root FOLDER[,FOLDER...]")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f"data.scale is {self.scale}; two shares of the area, from and to, as in [0.2, 1.0], are right")
 

@@ -141,7 +141,7 @@ def broken(material: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bad_picture_stops_the_run_by_name(material: Path, broken: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"(003\.png|notes\.jpg|empty\.jpeg).*item \d+ of(.|\n)*on_bad_sample skip"):
+    with pytest.raises(ImageError, match=r"(003\.png|notes\.jpg|empty\.jpeg).*image \d+ of \d+(.|\n)*on_bad_sample skip"):
         main(flags(material, tmp_path / "run", images=broken))
     assert not (tmp_path / "run" / "encoder").exists()
 
