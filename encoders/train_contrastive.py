@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             check = _check(run, held_out, parts, step)
         if settings.export_every and step % settings.export_every == 0 and step < run.steps:
             export(run, settings, parts, check, step)
-    if held_out:
+    if held_out and not (settings.eval_every and run.step % settings.eval_every == 0 and check):
         check = _check(run, held_out, parts, run.step)
     if isinstance(dataset, CaptionedImages) and dataset.bad:
         run.print(f"{len(dataset.bad)} unreadable images were left out:\n  " + "\n  ".join(dataset.bad.values()))

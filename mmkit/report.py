@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,23 +157,23 @@ def data_url(path: Path) -> str:
 
 def render(template: str, report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """Fill a template; HTML is escaped, Markdown has its own filter for table cells."""
-    environment = Environment(
+    filled = environment(template.endswith(".html")).get_template(template)
+    return filled.render(report=report, pictures=pictures, findings=findings(report), colour=colours(report)) + "\n"
+
+
+@cache
+def environment(html: bool) -> Environment:
+    """The templates' surroundings; cached, since compiling the page takes longer than filling it."""
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=template.endswith(".html"),
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "cell": cell,
-        "duration": duration,
-        "number": number,
-        "bench": bench,
-        "metric": metric,
-        "p": p_cell,
-    }
-    environment.globals |= {"draw": report_charts.draw, "colour": colours(report), "reach": reach}
-    return environment.get_template(template).render(report=report, pictures=pictures, findings=findings(report)) + "\n"
+    made.filters |= {"cell": cell, "duration": duration, "number": number, "bench": bench, "metric": metric, "p": p_cell}
+    made.globals |= {"draw": report_charts.draw, "reach": reach}
+    return made
 
 
 def colours(report: Mapping[str, Any]) -> dict[str, int]:

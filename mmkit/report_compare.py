@@ -113,7 +113,7 @@ def claim(row: Mapping[str, Any]) -> tuple[str, str]:
     if row["difference"] == 0:
         return f"{row['first']} and {row['second']} score the same on {row['benchmark']}", evidence
     if row["visible"]:
-        evidence += f"; with so few different answers, a true difference below about {row['visible']:.1f} points would go unseen"
+        evidence += f"; a true difference below about {row['visible']:.1f} points would go unseen"
     return f"{row['first']} is ahead of {row['second']} on {row['benchmark']}, but not beyond chance", evidence
 
 

@@ -50,6 +50,7 @@ class Scripted:
                     raise self.error
                 yield word + " "
         finally:
+            options["stop"].set()  # as ChatModel does when it ends, whatever the reason
             self.running -= 1
             self.closed += 1
 
@@ -201,9 +202,9 @@ def test_five_models_are_refused() -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """The address of a page with three models."""
-    llm, tokenizer = tiny_llm()
+    llm, tokenizer = tiny_llm(tie=False)
     with torch.no_grad():
-        llm.get_input_embeddings().weight.mul_(40)  # spreads the logits: a random model repeats one token for ever otherwise
+        llm.get_input_embeddings().weight.mul_(10)  # spreads the logits: a random model repeats one token for ever otherwise
     model, processor = build_llava(tiny_tower(), (llm, tokenizer))
     chat = ChatModel(model.eval(), processor, ChatFormat(processor.tokenizer, "own"), "tiny")
     slow = Scripted("slow", " ".join(f"word{number}" for number in range(120)), 0.05)

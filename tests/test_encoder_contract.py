@@ -364,3 +364,12 @@ def test_the_table_shows_parameters_origin_and_spec() -> None:
     assert "images 32 px, crop, bicubic" in text
     assert "4 x 4 patches + 1" in describe(encoder())
     assert all(row.source and row.licence for row in ENCODERS.values())
+
+
+def test_the_teacher_in_the_package_loads_as_open_clip_has_it() -> None:
+    tower = load_encoder("mini-clip")
+    folder = Path(__file__).resolve().parent.parent / "encoders" / "data" / "mini_clip"
+    images = torch.randn(2, 3, 96, 96)
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval().encode_image(images)
+    assert_close(tower(images).pooler_output, theirs, rtol=0, atol=1e-4)
+    assert (tower.joint_width, tower.grid, tower.config.text_tower) == (256, (6, 6), "mini-clip")
