@@ -15,7 +15,7 @@ from llm_stage.chat_format import IGNORE_INDEX, ChatFormat, Turn
 from llm_stage.llms import load_llm
 from llm_stage.train_text import Collate, accuracy, answer_loss, embed, main, predictions
 from llm_stage.world_text import FORMS, GRID, WorldText, build_tokenizer, cells_of, places
-from mmkit.minidata import names, world
+from mmkit.minidata import language, names, world
 from mmkit.minidata.scene import place_of
 
 MODEL, TOKENIZER = load_llm("mini-llm")
@@ -149,7 +149,9 @@ def test_a_chat_file_trains_any_model_and_the_result_loads(tmp_path: Path) -> No
     assert tokenizer.decode(answer[0, len(prompt) :], skip_special_tokens=True).strip() == "zebra lamp"
 
 
-def test_a_new_model_is_made_in_the_size_asked_for(tmp_path: Path) -> None:
+def test_a_new_model_is_made_in_the_size_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = language.all_text_sources(n_scenes=50)                 # the 2,000 of the recipe take ten seconds
+    monkeypatch.setattr(language, "all_text_sources", lambda: texts)
     folder = main(
         ["--data.world", "64", "--model.hidden_size", "32", "--model.layers", "1", "--model.heads", "2", "--model.intermediate_size", "48",
          "--model.vocab_size", "600", "--output_dir", str(tmp_path / "run"), "--steps", "2", "--micro_batch_size", "2", "--held_out", "8"]
