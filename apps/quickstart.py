@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     journal = Journal(Path(config.out), config)
     journal.check(stages)
     threads = set_threads(config.threads)
+    quiet()
     console = Console()
     overview(console, config, stages, threads)
     start = time.monotonic()
@@ -197,7 +198,8 @@ def _encoder_stage(name: str, out: Path, config: QuickstartConfig) -> Stage:
         )
     work = out / "work" / "uta"
     seen = (out / "data" / "images" / "train", out / "data" / "classification" / "train")
-    own = ("--data.root", ",".join(map(str, seen)))
+    roots = [str(out / "data" / part / "train") for part in ("images", "classification")]
+    own = ("--data.root", json.dumps(roots))
     return _training(
         "encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder)
     )
@@ -400,6 +402,13 @@ def set_threads(wanted: int) -> int:
     threads = wanted or int(os.environ.get("OMP_NUM_THREADS") or 0) or cores
     torch.set_num_threads(threads)
     return threads
+
+
+def quiet() -> None:
+    """Silence transformers' bars over loading and saving: fractions of a second each, between the bars that matter."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def overview(console: Console, config: QuickstartConfig, stages: Sequence[Stage], threads: int) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_stage.chat_format import IGNORE_INDEX, ChatFormat, Turn
 from llm_stage.llms import load_llm
-from llm_stage.train_text import Collate, accuracy, answer_loss, embed, main, predictions
+from llm_stage.train_text import Collate, accuracy, answer_loss, embed, main, mimetic_init, predictions
 from llm_stage.world_text import FORMS, GRID, WorldText, build_tokenizer, cells_of, places
 from mmkit.minidata import language, names, world
 from mmkit.minidata.scene import place_of
@@ -150,7 +151,7 @@ def test_a_chat_file_trains_any_model_and_the_result_loads(tmp_path: Path) -> No
 
 
 def test_a_new_model_is_made_in_the_size_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = language.all_text_sources(n_scenes=50)                 # the 2,000 of the recipe take ten seconds
+    texts = language.all_text_sources(n_scenes=50)  # the 2,000 of the recipe take ten seconds
     monkeypatch.setattr(language, "all_text_sources", lambda: texts)
     folder = main(
         ["--data.world", "64", "--model.hidden_size", "32", "--model.layers", "1", "--model.heads", "2", "--model.intermediate_size", "48",
@@ -184,3 +185,25 @@ def test_rows_with_images_are_no_text(tmp_path: Path) -> None:
     rows = [{"id": "a", "image": "x.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a cat"}]}]
     with pytest.raises(ValueError, match="text-only training takes no images"):
         main(["--data.json", chats(tmp_path, rows), "--model.llm", "mini-llm", "--output_dir", str(tmp_path / "run"), "--steps", "1"])
+
+
+def test_heard_chats_supervise_every_word_and_no_placeholder() -> None:
+    quiet, heard = WorldText(CHAT, 100, heard=0.0), WorldText(CHAT, 100, heard=1.0)
+    for index in range(20):
+        asked, listened = quiet.get(0, index), heard.get(0, index)
+        assert asked["input_ids"] == listened["input_ids"]
+        expected = [IGNORE_INDEX if token == CHAT.image_token_id else token for token in asked["input_ids"]]
+        assert listened["labels"] == expected
+        assert asked["labels"].count(IGNORE_INDEX) > expected.count(IGNORE_INDEX)
+
+
+def test_mimetic_attention_begins_as_finding_and_passing_on_the_same_word() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    )
+    mimetic_init(model)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+        passed_on = attention.o_proj.weight @ attention.v_proj.weight
+        assert torch.allclose(passed_on, 0.09 * torch.eye(64), atol=1e-5)
