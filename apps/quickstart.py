@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,87 +25,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from apps.quickstart_plan import ENCODERS, QuickstartConfig, Stage, plan
 from mmkit.checkpoint import atomic_folder, atomic_write
-from mmkit.config import cli_entry, find_recipe, load_config
-from mmkit.errors import ConfigError, NameNotFound, find
+from mmkit.config import cli_entry, load_config
+from mmkit.errors import ConfigError, NameNotFound
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {"encoders": ROOT / "encoders" / "recipes", "llm_stage": ROOT / "llm_stage" / "recipes"}
-ENCODERS = {"clip": "the mini CLIP teacher, from the package", "uta": "a student of it, trained here without text (UTA)"}
 BENCHMARKS = {"mini_zeroshot": "top1", "mini_vqa": "vqa_accuracy", "mini_vqa_shuffled": "vqa_accuracy"}
-LEAST_STEPS = 4  # however small the scale: enough for a checkpoint in the middle
 INTERRUPTED = 130
-
-
-@dataclass
-class QuickstartConfig:
-    """Settings of `mmkit quickstart`."""
-
-    out: str = field(default="runs/quickstart", metadata={"help": "folder for everything; an unfinished one is gone on with"})
-    encoders: list[str] = field(default_factory=lambda: list(ENCODERS), metadata={"help": "which to compare: clip, uta or both"})
-    scale: float = field(
-        default=1.0, metadata={"help": "factor on pictures drawn and steps trained; 1 is about twenty minutes on two cores"}
-    )
-    seed: int = field(default=0, metadata={"help": "of data and trainings"})
-    threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
-
-    def validate(self) -> None:
-        """Check the names of the encoders and the scale.
-
-        Raises:
-            ConfigError: The scale is not above 0, no encoder is named, or one is named twice.
-            NameNotFound: There is no such encoder in the quickstart.
-        """
-        for name in self.encoders:
-            find("quickstart encoder", ENCODERS, name)
-        if not self.encoders or len(set(self.encoders)) != len(self.encoders):
-            raise ConfigError(f"--encoders is '{','.join(self.encoders)}'; right are clip, uta or clip,uta")
-        if not self.scale > 0:
-            raise ConfigError(f"--scale is {self.scale}; above 0 is right: 1 for the full job, 0.02 for a trial of minutes")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the job: a script, its command line, and how to see that it is complete.
-
-    Attributes:
-        name: For people.
-        command: As typed after `mmkit`, "train llava".
-        target: "module:function", called with `argv`.
-        argv: Its command line.
-        folder: Where it works.
-        done: The file that it writes last.
-        resume: What to add to `argv` where `folder` is there and the script has not finished.
-        recipe: The recipe that it reads; None for none.
-        publish: A folder of its result, and where a copy of that belongs; None for none.
-    """
-
-    name: str
-    command: str
-    target: str
-    argv: tuple[str, ...]
-    folder: Path
-    done: Path
-    resume: tuple[str, ...] = ()
-    recipe: Path | None = None
-    publish: tuple[Path, Path] | None = None
-
-    @property
-    def finished(self) -> bool:
-        """The script has come to its end. A training writes its manifest from the start, and says in it how far it is."""
-        if not self.done.is_file():
-            return False
-        return not self.command.startswith("train ") or json.loads(self.done.read_text(encoding="utf-8")).get("state") == "finished"
-
-    @property
-    def complete(self) -> bool:
-        """The script has finished, and its result is where it belongs."""
-        return self.finished and (self.publish is None or self.publish[1].is_dir())
-
-    @property
-    def begun(self) -> bool:
-        """There is something of it on the disk."""
-        return self.folder.exists()
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -143,126 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return Path(config.out)
 
 
-# ---- the stages -----------------------------------------------------------------------------------------------------------------------
-
-
-def plan(config: QuickstartConfig) -> list[Stage]:
-    """All stages of the job, in order; nothing is run or written."""
-    out = Path(config.out)
-    data = out / "data"
-    size = ("--seed", str(config.seed), "--scale", str(config.scale))
-    stages = [
-        Stage(
-            "draw the embedded data",
-            "data mini",
-            "mmkit.minidata.build:main",
-            ("--out", str(data), *size, "--resume"),
-            data,
-            data / "manifest.json",
-        )
-    ]
-    for name in config.encoders:
-        stages.append(_encoder_stage(name, out, config))
-    for name in config.encoders:
-        folder = out / "eval" / name / "mini_zeroshot"
-        flags = (
-            "--encoder",
-            str(out / "encoders" / name),
-            "--images",
-            str(data / "classification" / "test"),
-            "--out",
-            str(folder),
-            "--benchmark",
-            "mini_zeroshot",
-        )
-        done = folder / "summary.json"
-        stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, done, ("--resume",)))
-    for name in config.encoders:
-        stages += _llava_stages(name, out, config)
-        stages += [_vqa_stage(name, out, shuffled) for shuffled in (False, True)]
-    stages.append(Stage("report", "report", "mmkit.report:main", (str(out), "--out", str(out)), out / "report.html", out / "report.html"))
-    return stages
-
-
-def _encoder_stage(name: str, out: Path, config: QuickstartConfig) -> Stage:
-    """Get one encoder folder: `clip` from the package, `uta` trained."""
-    folder = out / "encoders" / name
-    if name == "clip":
-        return Stage(
-            "encoder: clip (the teacher)",
-            "quickstart",
-            "apps.quickstart:export_encoder",
-            ("mini-clip", str(folder)),
-            folder,
-            folder / "config.json",
-        )
-    work = out / "work" / "uta"
-    seen = (out / "data" / "images" / "train", out / "data" / "classification" / "train")
-    roots = [str(out / "data" / part / "train") for part in ("images", "classification")]
-    own = ("--data.root", json.dumps(roots))
-    return _training(
-        "encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder)
-    )
-
-
-def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
-    """Both stages of LLaVA behind one encoder."""
-    first, second = (out / "work" / f"llava_{name}_stage{stage}" for stage in (1, 2))
-    texts, images = out / "data" / "llava", ("--data.images", str(out / "data" / "images"))
-    own = ("--encoder", str(out / "encoders" / name), "--data.json", str(texts / "pretrain.json"), *images)
-    stages = [_training(f"LLaVA stage 1: {name}", "train llava", "llm_stage", "mini_stage1", own, first, config)]
-    own = ("--pretrained", str(first / "model"), "--data.json", str(texts / "instruct.json"), *images)
-    publish = (second / "model", out / "llava" / name)
-    return [*stages, _training(f"LLaVA stage 2: {name}", "train llava", "llm_stage", "mini_stage2", own, second, config, publish)]
-
-
-def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
-    """Questions about the test scenes, or their control: each before another question's picture."""
-    vqa, folder = out / "data" / "vqa", out / "eval" / name / ("mini_vqa_shuffled" if shuffled else "mini_vqa")
-    flags = [
-        "--model",
-        str(out / "llava" / name),
-        "--questions",
-        str(vqa / "questions_test.json"),
-        "--annotations",
-        str(vqa / "annotations_test.json"),
-    ]
-    flags += ["--train_annotations", str(vqa / "annotations_train.json"), "--images", str(out / "data" / "images"), "--batch_size", "32"]
-    flags += ["--out", str(folder), *(["--shuffle_images"] if shuffled else [])]
-    title = f"questions, images shuffled (the control): {name}" if shuffled else f"questions: {name}"
-    return Stage(title, "eval vqa", "llm_stage.eval_vqa:main", tuple(flags), folder, folder / "summary.json")
-
-
-def _training(
-    name: str,
-    command: str,
-    package: str,
-    recipe: str,
-    own: Sequence[str],
-    work: Path,
-    config: QuickstartConfig,
-    publish: tuple[Path, Path] | None = None,
-) -> Stage:
-    """A stage that trains by a recipe of a package, with a share of the recipe's steps."""
-    path = find_recipe(recipe, RECIPES[package])
-    flags = ["--recipe", recipe, *own, "--run.output_dir", str(work), "--run.seed", str(config.seed)]
-    if config.scale != 1:
-        steps = max(LEAST_STEPS, round(recipe_steps(path) * config.scale))
-        flags += ["--run.steps", str(steps), "--run.save_every", str(max(2, steps // 4))]
-    target = f"{package}.train_{command.split()[1]}:main"
-    return Stage(name, command, target, tuple(flags), work, work / "manifest.json", ("--run.resume",), path, publish)
-
-
-def recipe_steps(path: Path) -> int:
-    """The number of steps in a recipe.
-
-    Raises:
-        ConfigError: The recipe does not say.
-    """
-    steps = (yaml.safe_load(path.read_text(encoding="utf-8")).get("run") or {}).get("steps")
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"{path.name}: run.steps is {steps!r}; the quickstart scales it, so it has to be a number of steps")
-    return steps
+# ---- one stage ---------------------------------------------------------------------------------------------------------------------------
 
 
 def export_encoder(argv: Sequence[str]) -> Path:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from apps import quickstart
-from apps.quickstart import Journal, QuickstartConfig, Stage, plan, run_stage
+from apps import quickstart, quickstart_plan
+from apps.quickstart import Journal, run_stage
+from apps.quickstart_plan import QuickstartConfig, Stage, plan
 from mmkit.config import load_config
 from mmkit.errors import ConfigError, NameNotFound
 
@@ -100,8 +101,8 @@ def test_the_scale_shortens_the_trainings_and_one_leaves_them_alone(tmp_path: Pa
         return [stage.argv[place + 1] for place, word in enumerate(stage.argv) if word == "--run.steps"]
 
     assert steps(1.0) == []
-    assert steps(0.1) == [str(round(quickstart.recipe_steps(quickstart.RECIPES["llm_stage"] / "mini_stage1.yaml") * 0.1))]
-    assert steps(1e-6) == [str(quickstart.LEAST_STEPS)]
+    assert steps(0.1) == [str(round(quickstart_plan.recipe_steps(quickstart_plan.RECIPES["llm_stage"] / "mini_stage1.yaml") * 0.1))]
+    assert steps(1e-6) == [str(quickstart_plan.LEAST_STEPS)]
 
 
 def test_a_finished_stage_is_complete_once_its_result_is_in_its_place(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_finished_stage_is_complete_once_its_result_is_in_its_place(tmp_path: 
     assert not stage.complete
     SEEN.clear()
     run_stage(stage, journal, 1, 1)
-    assert SEEN == [[str(stage.folder), "mmkit", "train", "llava"]]  # the manifest of a stage names the command for this stage alone
+    assert [[str(stage.folder), "mmkit", "train", "llava"]] == SEEN  # the manifest of a stage names the command for this stage alone
     assert stage.complete
     assert (tmp_path / "quick" / "llava" / "fake" / "config.json").is_file()
 
@@ -171,9 +172,9 @@ def test_a_recipe_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch
     begun(tmp_path)
     copies = tmp_path / "recipes"
     copies.mkdir()
-    for path in quickstart.RECIPES["encoders"].glob("*.yaml"):
+    for path in quickstart_plan.RECIPES["encoders"].glob("*.yaml"):
         (copies / path.name).write_text(path.read_text() + ("\npaper: none\n" if path.stem == "mini_uta_quick" else ""))
-    monkeypatch.setitem(quickstart.RECIPES, "encoders", copies)
+    monkeypatch.setitem(quickstart_plan.RECIPES, "encoders", copies)
     with pytest.raises(ConfigError, match=r"the recipe mini_uta_quick.yaml has changed"):
         Journal(tmp_path / "quick", config(tmp_path)).check(plan(config(tmp_path)))
 
