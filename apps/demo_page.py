@@ -58,20 +58,20 @@ CSS = """
 #mm-send { align-items: stretch !important; flex-wrap: nowrap !important; }
 #mm-send > button { flex: 0 0 auto !important; min-width: 84px !important; }
 #mm-send .form, #mm-send .block { min-width: 0 !important; }
-#mm-head, #mm-conversation, #mm-notice { padding: 0 !important; }
+#mm-head .html-container, #mm-conversation .html-container, #mm-notice .html-container { padding: 0 !important; }
 #mm-examples, #mm-examples .gallery-container, #mm-examples .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
 #mm-examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; gap: 8px; padding-top: 26px; }
 #mm-examples button.thumbnail-item { border-radius: 10px; overflow: hidden; width: 100%; height: auto; aspect-ratio: 1; min-width: 0; }
 #mm-clear { align-self: flex-start; width: auto !important; flex: 0 0 auto; min-width: 0 !important; }
 footer.mm-gone, .gradio-container > footer { display: none !important; }
 @media (max-width: 700px) {
-  .gradio-container .app, .gradio-container .wrap.app { padding: 0 !important; }
+  .main.app { padding: 0 !important; }   /* gradio scopes what stands in a media query: no .gradio-container here */
   #mm-send { flex-wrap: wrap !important; }
   #mm-send > :first-child { flex: 1 1 100% !important; }
   #mm-send > button { flex: 1 1 0 !important; }
-  .gradio-container main.contain, .gradio-container main { padding: 14px 12px 20px !important; }
+  main.contain { padding: 14px 12px 20px !important; }
   #mm-head h1 { font-size: 22px; } .mm-ask p { max-width: 100%; } .mm-ask img { width: 84px; height: 84px; }
-  .gradio-container .row > .column { min-width: 0 !important; flex: 1 1 100% !important; }
+  .row > .column { min-width: 0 !important; flex: 1 1 100% !important; }
   #mm-examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; gap: 6px; }
   .mm-empty { padding: 22px 14px; }
 }

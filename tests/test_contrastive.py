@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -361,8 +361,13 @@ def test_the_script_runs_as_a_file_and_says_what_is_wrong(tmp_path: Path, child_
     assert not os.listdir(tmp_path)
 
 
-def test_scale_never_exceeds_one_hundred(tmp_path: Path) -> None:
-    folder = main([*TINY, "--output_dir", str(tmp_path / "run"), "--steps", "1"])
+def test_scale_never_exceeds_one_hundred_and_a_folder_can_be_trained_on(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "clip", tmp_path / "hot")
+    weights = load_file(tmp_path / "hot" / "open_clip_model.safetensors")
+    weights["logit_scale"] = torch.tensor(math.log(200.0))
+    save_file(weights, tmp_path / "hot" / "open_clip_model.safetensors")
+    folder = main([*TINY, "--model", str(tmp_path / "hot"), "--output_dir", str(tmp_path / "run"), "--steps", "1", "--save_every", "0"])
+    assert read_jsonl(folder / "metrics.jsonl")[0]["logit_scale"] == pytest.approx(100, abs=0.1)
     scale = load_file(folder / "clip" / "open_clip_model.safetensors")["logit_scale"]
     assert scale.dtype == torch.float32
-    assert float(scale) <= math.log(100)
+    assert scale.item() <= math.log(100) + 1e-6
