@@ -239,7 +239,8 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 0, *, open_br
     blocks.queue(max_size=MAX_WAITING)
     _, url, _ = blocks.launch(
         server_name=host, server_port=port or None, share=False, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, show_error=True,
-        max_file_size=MAX_UPLOAD, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme(), css=demo_page.CSS, footer_links=[],
+        max_file_size=MAX_UPLOAD, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme(), css=demo_page.CSS,
+        head=demo_page.HEAD, footer_links=[],
     )  # fmt: skip
     if block:
         print(f"the demo is at {url}   (Ctrl-C ends it)", flush=True)

@@ -17,8 +17,6 @@ CSS = """
         --mm-good: #1d7a4c; --mm-warn: #9a5b00; --mm-bad: #b3261e; --mm-bad-bg: #fdecea; --mm-bubble: #e6e8ff; }
 .dark { --mm-ink: #e8ebf2; --mm-soft: #a3adbf; --mm-line: #343b49; --mm-card: #1d222c; --mm-page: #14171d; --mm-accent: #a5b4fc;
         --mm-good: #6fd3a0; --mm-warn: #f0b860; --mm-bad: #ff9d94; --mm-bad-bg: #3b1f1d; --mm-bubble: #2d2f55; }
-.gradio-container { background: var(--mm-page) !important; max-width: 1240px !important; margin: 0 auto !important; }
-.gradio-container main.contain, .gradio-container main { padding: 20px 24px 28px !important; }
 #mm-head h1 { font-size: 26px; font-weight: 680; letter-spacing: -0.02em; margin: 0; color: var(--mm-ink); }
 #mm-head p { margin: 4px 0 0; color: var(--mm-soft); font-size: 15px; line-height: 1.5; }
 .mm-models { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px; }
@@ -63,19 +61,26 @@ CSS = """
 #mm-examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; gap: 8px; padding-top: 26px; }
 #mm-examples button.thumbnail-item { border-radius: 10px; overflow: hidden; width: 100%; height: auto; aspect-ratio: 1; min-width: 0; }
 #mm-clear { align-self: flex-start; width: auto !important; flex: 0 0 auto; min-width: 0 !important; }
-footer.mm-gone, .gradio-container > footer { display: none !important; }
 @media (max-width: 700px) {
-  .main.app { padding: 0 !important; }   /* gradio scopes what stands in a media query: no .gradio-container here */
   #mm-send { flex-wrap: wrap !important; }
   #mm-send > :first-child { flex: 1 1 100% !important; }
   #mm-send > button { flex: 1 1 0 !important; }
-  main.contain { padding: 14px 12px 20px !important; }
   #mm-head h1 { font-size: 22px; } .mm-ask p { max-width: 100%; } .mm-ask img { width: 84px; height: 84px; }
   .row > .column { min-width: 0 !important; flex: 1 1 100% !important; }
   #mm-examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; gap: 6px; }
   .mm-empty { padding: 22px 14px; }
 }
 """
+
+# gradio confines `CSS` to what stands inside its page's <main>; the frame around that is styled from the document's head.
+HEAD = """<style>
+.gradio-container { background: #f5f6f9 !important; max-width: 1240px !important; margin: 0 auto !important; }
+.dark .gradio-container { background: #14171d !important; }
+.gradio-container .main.app { padding: 0 !important; }
+.gradio-container main.contain { padding: 32px 28px 28px !important; }
+.gradio-container footer:not(.mm-times) { display: none !important; }
+@media (max-width: 700px) { .gradio-container main.contain { padding: 16px 14px 22px !important; } }
+</style>"""
 
 STATES = {"waiting": "waiting", "writing": "writing …", "done": "done", "stopped": "stopped", "failed": "failed"}
 
@@ -138,7 +143,7 @@ def answer_html(answer: Answer) -> str:
         body = '<p class="mm-text mm-none">(no words)</p>'
     return (
         f'<article class="mm-answer mm-{answer.state}"><header><b>{html.escape(answer.model)}</b>'
-        f'<span class="mm-state">{STATES[answer.state]}</span></header>{body}<footer>{times(answer)}</footer></article>'
+        f'<span class="mm-state">{STATES[answer.state]}</span></header>{body}<footer class="mm-times">{times(answer)}</footer></article>'
     )
 
 

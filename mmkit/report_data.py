@@ -120,7 +120,7 @@ def read_runs(roots: Sequence[Path]) -> RunData:
             elif path.name == "metrics.jsonl":
                 _add_training(data, path, f"{prefix}{path.parent.relative_to(root).as_posix()}")
             elif path.name == "manifest.json":
-                data.manifests.append(_manifest(path, f"{prefix}{path.parent.relative_to(root).as_posix()}"))
+                data.manifests.append(_manifest(path, root, f"{prefix}{path.parent.relative_to(root).as_posix()}"))
             elif path.name == "config.json":
                 _add_card(data, path, prefix)
     if not data.evaluations and not data.trainings:
@@ -247,19 +247,19 @@ def _add_training(data: RunData, path: Path, name: str) -> None:
         data.notes.append(f"{name}/metrics.jsonl holds no numbers to draw")
 
 
-def _manifest(path: Path, folder: str) -> dict[str, Any]:
+def _manifest(path: Path, root: Path, folder: str) -> dict[str, Any]:
     content = _json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, not an object with fields")
-    return {**content, "folder": folder, "command": command_line(content.get("command"))}
+    return {**content, "folder": folder, "command": command_line(content.get("command"), root)}
 
 
-def command_line(command: Any) -> str:
-    """A command as one would type it: relative to the working folder and to the kit, no machine's paths."""
+def command_line(command: Any, root: Path | None = None) -> str:
+    """A command as one would type it: relative to the working folder, the kit and the run folder's parent; no machine's paths."""
     if not command:
         return ""
     words = command if isinstance(command, list) else shlex.split(str(command))
-    homes = [f"{Path.cwd()}/", f"{Path(__file__).resolve().parent.parent}/"]
+    homes = [f"{Path.cwd()}/", f"{Path(__file__).resolve().parent.parent}/", *([f"{root.parent}/"] if root else [])]
     short = []
     for word in map(str, words):
         for home in homes:

@@ -378,6 +378,7 @@ def test_commands_bear_no_machines_paths() -> None:
     here = Path.cwd()
     assert command_line([f"{here}/llm_stage/eval_vqa.py", "--out", f"{here}/runs/x y"]) == "python llm_stage/eval_vqa.py --out 'runs/x y'"
     assert command_line(["/some/venv/bin/mmkit", "quickstart"]) == "mmkit quickstart"
+    assert command_line(["mmkit", "report", "/data/runs/a/eval"], Path("/data/runs/a")) == "mmkit report a/eval"
     assert command_line(None) == ""
 
 
