@@ -66,7 +66,7 @@ def test_a_placeholder_is_the_weighted_mean_of_its_words() -> None:
     cat, blue = (TOKENIZER(f" {word}")["input_ids"][0] for word in ("cat", "blue"))
     turns = [Turn("user", "<image>\nwhat is this?"), Turn("assistant", "cat")]
     encoded = CHAT.encode(turns, 1, 2)
-    item = {"input_ids": encoded.input_ids, "labels": encoded.labels, "cells": [[(cat, 1.0)], [(cat, 0.75), (blue, 0.25)]]}
+    item = {"input_ids": encoded.input_ids, "labels": encoded.labels, "cells": [[(cat, 1.0)], [(cat, 1.5), (blue, 0.5)]]}
     text = {"input_ids": [cat, blue, cat, blue], "labels": [IGNORE_INDEX] * 4}
     batch = COLLATE([text, item])
     table = MODEL.get_input_embeddings().weight
