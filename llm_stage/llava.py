@@ -308,7 +308,9 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     count = int(keep.sum())
     if not count:
-        raise DataError("a micro-batch without any supervised token has no loss; --data.on_bad_sample skip leaves such rows out and lists them")
+        raise DataError(
+            "a micro-batch without any supervised token has no loss; --data.on_bad_sample skip leaves such rows out and lists them"
+        )
     check_placeholders(extract_model_from_parallel(model).config, batch)
     output = model(
         input_ids=batch["input_ids"],
