@@ -117,7 +117,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tenso
 class _GatherRows(torch.autograd.Function):
     """Rows [B, D] of every rank, in rank order [G, D]; each rank's loss sends its gradient back to the rank whose rows it used.
 
-    torch.distributed.nn.all_gather does the same by way of a reduce-scatter that gloo has to imitate; one all-reduce serves every backend.
+    What torch.distributed.nn.all_gather does too, here with a single all-reduce in the backward, on every backend.
     """
 
     @staticmethod
