@@ -23,8 +23,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from encoders.foreign import from_hf, from_open_clip, quiet
+from encoders.foreign import from_hf, from_open_clip
 from encoders.modeling import MODEL_TYPE, VisionEncoder, VisionEncoderConfig, image_spec_of
+from encoders.text import quiet_open_clip
 from mmkit.checkpoint import load_strict, load_weights
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.trainable import trainable_table
@@ -188,7 +189,7 @@ def _from_timm(name: str, source: str, pretrained: bool) -> VisionEncoder:
             VisionEncoderConfig(architecture=base, model_args=args, joint_width=joint, origin=origin, image_spec=image_spec_of(shape))
         )
     try:
-        with quiet():
+        with quiet_open_clip():
             network = timm.create_model(name, pretrained=True, num_classes=0 if args else joint or 0)
     except (OSError, RuntimeError) as error:
         raise _no_weights(source, error) from error

@@ -1,9 +1,7 @@
 """Image towers of open_clip and transformers, put into timm's form. A conversion is kept only if it gives the source's own numbers."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,13 @@ from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVision
 
 import encoders.architectures  # noqa: F401  (registers mini-clip's tower with timm, by whose name open_clip builds it)
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
+from encoders.text import quiet_open_clip
 from mmkit.checkpoint import load_strict
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.images import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageSpec
 
 TOLERANCE = 1e-4  # float32, tens of blocks, outputs of order one; a wrong activation or norm shows at 1e-2 and more
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what open_clip and timm log at level INFO and WARNING while they build a model."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool = True) -> VisionEncoder:
@@ -53,7 +40,7 @@ def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool 
         DataError: The weights cannot be had.
         ConfigError: The tower cannot be expressed in timm's form.
     """
-    with quiet():
+    with quiet_open_clip():
         model: Any = _open_clip_model(name, origin, pretrained)
     spec = _open_clip_spec(model)
     visual: Any = model.visual.eval()

@@ -130,10 +130,10 @@ def _from_open_clip(bare: str, name: str) -> TextTower:
 
 @contextmanager
 def quiet_open_clip() -> Iterator[None]:
-    """Hold back what open_clip and timm log at level INFO while they build a model."""
+    """Hold back what open_clip and timm log below level ERROR while they build a model."""
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # they warn of every model built without weights, which is what was asked for
     try:
         yield
     finally:

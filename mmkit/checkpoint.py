@@ -116,7 +116,10 @@ def save_weights(state: Mapping[str, Tensor], path: Path | str) -> None:
         tensors[name] = plain
     work = path.parent / f".{path.name}.writing-{os.getpid()}"
     try:
+        work.touch()
+        mode = work.stat().st_mode  # what the umask gives; safetensors makes files that only their owner can read
         save_file(tensors, str(work), metadata={"format": "pt"})
+        work.chmod(mode)
         _fsync(work)
         os.replace(work, path)
     except SafetensorError as error:  # it wraps the operating system's error ("No space left on device")

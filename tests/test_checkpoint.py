@@ -74,6 +74,12 @@ def test_weights_come_back_also_tied_and_sliced(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    save_weights({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    atomic_write(tmp_path / "config.json", "{}")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 def test_a_failed_write_of_weights_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
