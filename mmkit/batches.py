@@ -68,11 +68,21 @@ class StreamOrder:
     Args:
         dataset: Its `order(epoch) -> list[int]`, where it has one, replaces the permutation; its length must not change between epochs.
         seed: Seed of the permutations.
+        group: Sort the samples of so many steps by the data set's `lengths`, so that a step holds samples of like length and less is
+            padded. 1 leaves in each step what it would hold anyway, and only deals it by length; 0 is off.
+        global_batch_size: Samples in a step, for `group`.
+
+    Raises:
+        ConfigError: `group` is set, and the data set says no lengths.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, group: int = 0, global_batch_size: int = 1) -> None:
         self.dataset, self.seed, self.length = dataset, seed, dataset_length(dataset)
+        self.group, self.global_batch_size = group, global_batch_size
         self._orders: dict[int, Sequence[int]] = {}
+        if group and not hasattr(dataset, "lengths"):
+            raise ConfigError(f"run.group_by_length is {group}, and {type(dataset).__name__} says no lengths: set it to 0")
+        self._lengths = list(dataset.lengths) if group else []
 
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.length)
@@ -92,7 +102,21 @@ class StreamOrder:
                 )
             return order
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+        permutation = torch.randperm(self.length, generator=generator).tolist()
+        return self._grouped(permutation, epoch, generator) if self.group else permutation
+
+    def _grouped(self, permutation: list[int], epoch: int, generator: torch.Generator) -> list[int]:
+        """Sort by length within windows of `group` steps, then let the steps of a window change places."""
+        size = self.global_batch_size
+        begin = -epoch * self.length % size  # these complete the last step of the epoch before
+        grouped = sorted(permutation[:begin], key=self._lengths.__getitem__)
+        for start in range(begin, self.length, self.group * size):
+            window = sorted(permutation[start : start + self.group * size], key=self._lengths.__getitem__)
+            whole = len(window) // size  # what is left over stays last, or the steps behind it would straddle two lengths
+            for step in torch.randperm(whole, generator=generator).tolist():
+                grouped += window[step * size : (step + 1) * size]
+            grouped += window[whole * size :]
+        return grouped
 
 
 class _MicroBatches:

@@ -218,7 +218,8 @@ class Run:
             SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the step is finished and a checkpoint written before.
         """
         steps = self.plan(dataset)
-        order, c = StreamOrder(dataset, self.config.seed), self.config
+        c = self.config
+        order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size)
         progress = Progress(self.name, steps, self.step, self.layout.global_batch_size, self.is_main)
         found = micro_batches(dataset, collate, order, self.layout, self.step, steps, c.num_workers, self.device.type == "cuda")
         with self._signals():

@@ -18,6 +18,9 @@ class RunConfig:
     global_batch_size: int = field(
         default=0, metadata={"help": "samples in a step; must be micro * accumulation * processes; 0 does not check"}
     )
+    group_by_length: int = field(
+        default=0, metadata={"help": "sort so many steps' samples by length: less padding; 1 moves none to another step, 0 is off"}
+    )
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "of the forward; weights and optimizer stay fp32"})
     seed: int = field(default=0, metadata={"help": "of order, augmentation, dropout"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0 is off"})
@@ -48,7 +51,7 @@ class RunConfig:
         }.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}; at least {least} is right")
-        for name in ("max_grad_norm", "save_every", "keep_checkpoints", "num_workers"):
+        for name in ("max_grad_norm", "save_every", "keep_checkpoints", "num_workers", "group_by_length"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}; 0 or more is right")
         if self.log_every < 1:

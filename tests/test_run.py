@@ -68,6 +68,38 @@ def test_a_dataset_may_bring_its_own_order() -> None:
     assert [order(position)[1] for position in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 1, 2]
 
 
+class OfLengths(toy_training.ToyData):
+    lengths = tuple((index * 7919) % 101 for index in range(37))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_grouped_by_length_every_epoch_still_sees_every_item_once(group: int) -> None:
+    order = StreamOrder(OfLengths(), seed=3, group=group, global_batch_size=4)
+    stream = [order(position) for position in range(3 * 37)]
+    for epoch in range(3):
+        assert sorted(index for of, index in stream if of == epoch) == list(range(37))
+
+
+def test_grouping_one_step_moves_no_sample_to_another_step() -> None:
+    plain, grouped = StreamOrder(OfLengths(), seed=3), StreamOrder(OfLengths(), seed=3, group=1, global_batch_size=4)
+    for step in range(27):  # two epochs and a bit: 37 is no multiple of 4
+        places = range(4 * step, 4 * step + 4)
+        assert sorted(map(plain, places)) == sorted(map(grouped, places))
+
+
+def test_grouped_steps_hold_samples_of_like_length() -> None:
+    def spread(order: StreamOrder) -> float:
+        steps = [[OfLengths.lengths[order(4 * step + place)[1]] for place in range(4)] for step in range(9)]
+        return sum(max(lengths) - min(lengths) for lengths in steps) / 9
+
+    assert spread(StreamOrder(OfLengths(), seed=3, group=4, global_batch_size=4)) < 0.5 * spread(StreamOrder(OfLengths(), seed=3))
+
+
+def test_grouping_needs_lengths() -> None:
+    with pytest.raises(ConfigError, match="group_by_length is 2, and ToyData says no lengths"):
+        StreamOrder(toy_training.ToyData(), seed=0, group=2, global_batch_size=4)
+
+
 def test_seeds_of_neighbours_differ() -> None:
     assert len({derive_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(40)}) == 1000
 
