@@ -1,6 +1,5 @@
 """The demo: sessions without a page, then the real page in Chromium with a tiny random LLaVA, a slow model and one that fails."""
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +17,6 @@ from llm_stage.chat_format import ChatFormat
 from llm_stage.generate import ChatModel, ChatRequest
 from llm_stage.llava import build_llava
 from mmkit.errors import ConfigError, DataError
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 class Scripted:
@@ -212,18 +205,6 @@ def served() -> Iterator[str]:
     blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in ("red", "green", "blue")])
     yield demo.launch(blocks)
     blocks.close()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A headless browser, where one is installed."""
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed; the page is not driven")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; the page is not driven")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

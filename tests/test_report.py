@@ -292,6 +292,37 @@ def test_the_page_is_whole_and_asks_the_network_for_nothing(made: tuple[dict[str
     assert "prefers-color-scheme: dark" in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")], ids=["desktop, light", "phone, dark"])
+def test_a_browser_shows_all_of_it_and_asks_for_nothing(
+    run: Path, made: tuple[dict[str, Any], str, str], chromium: Any, width: int, scheme: Any
+) -> None:
+    requests: list[str] = []
+    complaints: list[str] = []
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((run / "report.html").resolve().as_uri())
+
+    pictures = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert pictures
+    assert min(pictures) > 0
+    curves = page.evaluate("[...document.querySelectorAll('svg path, svg polyline')].map(line => line.getBoundingClientRect().width)")
+    assert max(curves) > 100  # loss curves are drawn, not only there
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
+    text = page.inner_text("body")
+    for row in made[0]["results"]:
+        for value in (row["metrics"][name]["value"] for name in ("vqa_accuracy", "top1") if name in row["metrics"]):
+            assert f"{value:.1f}" in text
+    ground, ink = page.evaluate("(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))")
+    brightness = [sum(int(part) for part in re.findall(r"\d+", colour)[:3]) for colour in (ground, ink)]
+    assert (brightness[0] > brightness[1]) == (scheme == "light")
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert complaints == []
+    page.close()
+
+
 def test_words_of_models_and_files_are_text_never_markup(tmp_path: Path) -> None:
     root, evil = build_run(tmp_path / "run", n_images=6), '<script>alert("x")</script> | `'
     for encoder in ("clip", "uta"):
