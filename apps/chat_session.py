@@ -93,21 +93,6 @@ class _News:
     at: float = field(default_factory=time.perf_counter)
 
 
-class _Stop:
-    """Set by Stop, for the session and for each of its models; a model may set its own when it ends, and must not end the others'."""
-
-    def __init__(self, models: int) -> None:
-        self.pressed = threading.Event()
-        self.of_model = [threading.Event() for _ in range(models)]
-
-    def set(self) -> None:
-        for event in (self.pressed, *self.of_model):
-            event.set()
-
-    def is_set(self) -> bool:
-        return self.pressed.is_set()
-
-
 class ModelShelf:
     """The loaded models, one generation at a time each: a model's weights, cache and seed belong to one answer at a time."""
 
@@ -136,7 +121,7 @@ class ChatSession:
     def __init__(self, shelf: ModelShelf) -> None:
         self.shelf = shelf
         self.rounds: list[Round] = []
-        self._stop = _Stop(0)
+        self._stop = threading.Event()
         self._asking = threading.Lock()
 
     def ask(self, question: str, image: Image | None, limits: Limits | None = None) -> Iterator[list[Round]]:
@@ -190,7 +175,7 @@ class ChatSession:
 
     def _rounds_while_answering(self, question: str, image: Image | None, limits: Limits) -> Iterator[list[Round]]:
         """Start the threads, then turn their news into snapshots until all have ended or Stop was pressed."""
-        self._stop = stop = _Stop(len(self.shelf.models))
+        self._stop = stop = threading.Event()
         requests = []
         for index in range(len(self.shelf.models)):
             turns = self.history(index, image) if limits.remember else []
@@ -220,7 +205,7 @@ class ChatSession:
         yield self.rounds
 
     def _answer_in_turn(
-        self, group: Sequence[int], requests: Sequence[ChatRequest], limits: Limits, news: "Queue[_News]", stop: _Stop
+        self, group: Sequence[int], requests: Sequence[ChatRequest], limits: Limits, news: "Queue[_News]", stop: threading.Event
     ) -> None:
         """Let the models of a group answer one after the other (a thread's whole life)."""
         for index in group:
@@ -232,7 +217,7 @@ class ChatSession:
                 traceback.print_exc()
                 news.put(_News(index, state="failed", error=f"{type(error).__name__}: {error}"))
 
-    def _answer(self, index: int, request: ChatRequest, limits: Limits, news: "Queue[_News]", stop: "_Stop") -> State:
+    def _answer(self, index: int, request: ChatRequest, limits: Limits, news: "Queue[_News]", stop: threading.Event) -> State:
         """Stream one model's answer into the queue; give the state it ended in."""
         while not self.shelf.locks[index].acquire(timeout=0.1):
             if stop.is_set():
@@ -243,7 +228,7 @@ class ChatSession:
                 "temperature": limits.temperature,
                 "top_p": limits.top_p,
                 "seed": limits.seed,
-                "stop": stop.of_model[index],
+                "stop": stop,
             }
             for piece in self.shelf.models[index].stream(request, **options):
                 if stop.is_set():

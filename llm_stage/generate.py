@@ -192,14 +192,14 @@ class ChatModel:
         prompt = self._prompt(request, "the request")
         inputs = self._inputs([prompt], [request.images], [0])
         settings = self._settings(max_new_tokens, temperature, top_p, len(prompt))
-        stop = stop or Event()
+        closed = Event()  # this stream's own: the caller's event may belong to several
         streamer = _AnswerStreamer(self.tokenizer, self.stop_ids)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
                 with _seeded(seed, settings.do_sample):
-                    criteria = StoppingCriteriaList([_StopWhenSet(stop)])
+                    criteria = StoppingCriteriaList([_StopWhenSet(closed, *([stop] if stop else []))])
                     self.model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=criteria)
             except BaseException as error:  # goes to the caller, below: a thread's own error would be lost
                 failure.append(error)
@@ -210,7 +210,7 @@ class ChatModel:
         try:
             yield from _trimmed(streamer)
         finally:
-            stop.set()
+            closed.set()
             thread.join()
         if failure:
             raise failure[0]
@@ -344,11 +344,11 @@ def _seeded(seed: int | None, sampling: bool) -> Iterator[None]:
 
 
 class _StopWhenSet(StoppingCriteria):
-    def __init__(self, event: Event) -> None:
-        self.event = event
+    def __init__(self, *events: Event) -> None:
+        self.events = events
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), any(event.is_set() for event in self.events), dtype=torch.bool, device=input_ids.device)
 
 
 class _AnswerStreamer(TextIteratorStreamer):

@@ -43,7 +43,6 @@ class Scripted:
                     raise self.error
                 yield word + " "
         finally:
-            options["stop"].set()  # as ChatModel does when it ends, whatever the reason
             self.running -= 1
             self.closed += 1
 

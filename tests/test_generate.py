@@ -118,6 +118,8 @@ def test_a_closed_stream_stops_generating(chat):
     stream.close()
     assert threading.active_count() == threads
     stop = threading.Event()
+    list(chat.stream(request, 3, stop=stop))
+    assert not stop.is_set()  # the caller's event may be for other streams too
     stop.set()
     assert len("".join(chat.stream(request, 400, stop=stop))) < 20
 
