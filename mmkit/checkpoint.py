@@ -20,7 +20,8 @@ from mmkit.errors import DataError
 def atomic_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """Give an empty temporary folder to fill; it takes the name `path` only when the block ends well.
 
-    Everything in it is flushed to disk before the rename. When the block (or the flush) fails, on a full disk for instance, nothing of the
+    Everything in it is made readable for whom the folder itself is (safetensors writes files for their owner alone) and flushed to disk
+    before the rename. When the block (or the flush) fails, on a full disk for instance, nothing of the
     new folder stays and what was at `path` before is untouched.
 
     Args:
@@ -39,8 +40,10 @@ def atomic_folder(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     try:
         work.mkdir()
         yield work
+        readable = work.stat().st_mode & 0o444  # what the umask gives
         for root, _, files in os.walk(work):
             for name in files:
+                (Path(root) / name).chmod((Path(root) / name).stat().st_mode | readable)
                 _fsync(Path(root) / name)
             _fsync(Path(root))
         _swap(work, path)

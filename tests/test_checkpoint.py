@@ -78,6 +78,9 @@ def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     save_weights({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     atomic_write(tmp_path / "config.json", "{}")
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "model.safetensors").touch(0o600)  # as transformers' save_pretrained leaves it
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_a_failed_write_of_weights_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

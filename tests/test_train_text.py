@@ -112,7 +112,7 @@ def test_a_question_counts_as_right_exactly_when_greedy_decoding_gives_its_answe
 def test_mini_llm_answers_about_held_out_scenes() -> None:
     found = accuracy(MODEL, WORLD, COLLATE, 64, "cells")
     assert found["colour"]["right"] >= 90
-    assert found["all"]["right"] >= 55, found  # 63.2 on 300 scenes; six points are the sampling of these 64
+    assert found["all"]["right"] >= 64, found  # 71.7 on 300 scenes; six points are the sampling of these 64
 
 
 def test_the_tokenizer_writes_lower_case_and_gives_everything_else_back() -> None:
