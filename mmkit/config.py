@@ -4,6 +4,9 @@
 
 A key is the path of a field (`run.steps`), or the field's own name where only one field in the whole tree bears it (`steps`). A field that
 holds a dict takes longer paths (`run.deepspeed.zero_optimization.stage 2`).
+
+A recipe may begin with `base: NAME`: another recipe beside it (or its path), which it changes. What a recipe says of a dict replaces the
+base's dict; `model_args.depth: 4` changes one entry of it.
 """
 
 import dataclasses
@@ -59,9 +62,9 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None, *, recipe_dir: 
         raise SystemExit(0)
     flags = _read_flags(argv, cls, leaves)
     for recipe in [value for key, value in flags if key == "recipe" and "recipe" not in leaves]:
-        path = find_recipe(str(recipe), recipe_dir)
-        for key, value in _flatten(_read_yaml(path), leaves, cls, path.name):
-            _set(cls, leaves, key, value, path.name)
+        for path, data in read_recipe(find_recipe(str(recipe), recipe_dir), with_base="base" not in leaves):
+            for key, value in _flatten(data, leaves, cls, path.name):
+                _set(cls, leaves, key, value, path.name)
     for key, value in flags:
         if key != "recipe" or "recipe" in leaves:
             _set(cls, leaves, key, value, "command line", from_text=True)
@@ -86,6 +89,37 @@ def find_recipe(name: str, recipe_dir: Path | None) -> Path:
             return path
     near = get_close_matches(Path(name).stem, known, n=3, cutoff=0.4) or known
     raise ConfigError(f"--recipe {name}: no such file, and no recipe of that name; nearest: {', '.join(near) or 'none'}")
+
+
+def read_recipe(path: Path, with_base: bool = True) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a recipe and those that it is based on, each as (file, its own settings), the base of all first.
+
+    Args:
+        path: The recipe's file.
+        with_base: Follow `base`; False takes it for a setting like others.
+
+    Raises:
+        ConfigError: A file is no YAML, a base is missing, or recipes are based on each other in a circle.
+    """
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in seen:
+            raise ConfigError(f"recipe {path}: its bases form a circle, {' -> '.join(file.name for file in [*seen, following])}")
+        seen.append(following.resolve())
+        data = _read_yaml(following)
+        base = data.pop("base", None) if with_base else None
+        chain.insert(0, (following, data))
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise ConfigError(f"recipe {following}: base is {base!r}; the name or the path of one recipe is right")
+        try:
+            following = find_recipe(base, following.parent)
+        except ConfigError as error:
+            raise ConfigError(f"recipe {following}: its base is not there: {str(error).replace('--recipe ', '')}") from error
+    return chain
 
 
 def to_dict(config: Any) -> dict[str, Any]:
