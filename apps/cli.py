@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"
     ),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes | sweeps"),
 }
 
 

@@ -68,7 +68,9 @@ class SweepConfig:
             find("row of this sweep", self.rows, name)
         if len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"seeds is {self.seeds}; each seed once is right")
-        for name in self.rows:
+        for name, row in self.rows.items():
+            if not isinstance(row, Mapping):  # a flag may have put anything there
+                raise ConfigError(f"rows.{name} is {row!r}; flags and their values are right, as in --rows.{name}.lr 1e-3")
             if Path(name).name != name or name.startswith("."):
                 raise ConfigError(f"row '{name}': the name of a row is also that of a folder; letters, digits, _ and - are right")
         for name, entry in {"script": {"script": self.script}, **self.evaluate, **self.prepare}.items():
@@ -128,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         ConfigError: The folder was made with other settings.
+        NameNotFound: `metrics` names one that no summary has.
         TrainingError: Some runs failed; the table names them.
         SystemExit: Interrupted (code 130); what is done is kept.
     """
@@ -146,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         print(f"prepare: {name}", flush=True)
         start(str(entry["script"]), flags_of({key: value for key, value in entry.items() if key != "script"}, {"data": config.data}))
     run_all(config, jobs, journal, table)
+    for metric in config.metrics if table.values else []:
+        find("metric in the summaries of this sweep", table.values, metric)
     out = Path(config.out)
     print(table.markdown(), f"\n{out / 'sweep.md'}")
     if table.failed:
@@ -253,7 +258,7 @@ def attempt(job: Job, config: SweepConfig, journal: "Journal") -> str:
             return f"it left with code {stop.code}"
         print("\nstopped; the same command goes on with it", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
-    except (MMKitError, subprocess.CalledProcessError) as error:
+    except MMKitError as error:
         return str(error)
     except Exception as error:  # a fault in one row: the others may be well
         traceback.print_exc()
@@ -264,13 +269,21 @@ def attempt(job: Job, config: SweepConfig, journal: "Journal") -> str:
 
 
 def start(script: str, argv: Sequence[str], launcher: str = "") -> None:
-    """Run a script, here or under a launcher."""
+    """Run a script, here or under a launcher.
+
+    Raises:
+        TrainingError: It left the launcher with another code than 0.
+    """
     path = ROOT / script
     if launcher:
-        done = subprocess.run([*shlex.split(launcher), str(path), *argv], check=False)
-        if done.returncode == INTERRUPTED or done.returncode < 0:
-            raise SystemExit(INTERRUPTED)
-        done.check_returncode()
+        process = subprocess.Popen([*shlex.split(launcher), str(path), *argv])
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the terminal has told the training too: it finishes its step and saves
+            process.wait()
+            raise
+        if code:
+            raise TrainingError(f"{launcher} {script} left with code {code}; its own words are above")
         return
     with as_typed([str(path), *argv]):
         importlib.import_module(".".join(Path(script).with_suffix("").parts)).main(list(argv))

@@ -276,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run.log(**terms, **speed)
 
     export(run, model, config, masks.kept)
-    run.print(bound.summary())
+    if speed_found := bound.summary():
+        run.print(speed_found)
     if bad := dataset.bad_images():
         run.print(f"{len(bad)} unreadable images were left out (bad_samples.jsonl):\n  " + "\n  ".join(bad.values()))
     return run.finish()

@@ -1,6 +1,7 @@
 """`mmkit sweep`: rows over seeds from one command, kept when finished, and the arithmetic of its table."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ def test_an_interrupted_training_is_gone_on_with(data: Path, tmp_path: Path, mon
         (["--seeds", "1,1"], ConfigError, "each seed once"),
         (["--script", "encoders/train_utta.py"], ConfigError, "'script' names the script 'encoders/train_utta.py', and there is none"),
         (["--recipe", "mini_utta"], ConfigError, "mini_utta: no such file, and no recipe of that name"),
+        (["--rows.uta", "3"], ConfigError, r"rows\.uta is 3; flags and their values"),
         (["--evaluate.zeroshot.script", "null"], ConfigError, "'zeroshot' names the script None"),
     ],
 )
@@ -119,6 +121,16 @@ def test_a_sweep_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a sweep needs `script`"):
         sweep.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_the_trainings(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(sweep.ROOT))
+    one = ("--only", "uta", "--seeds", "0", "--metrics", "zeroshot.top5", "--launcher")
+    out = sweep.main(flags(data, tmp_path / "out", *one, sys.executable))
+    assert list(json.loads((out / "sweep.json").read_text())["rows"]["uta"]["metrics"]) == ["zeroshot.top5"]
+    with pytest.raises(TrainingError, match="left with code"):
+        sweep.main(flags(data, tmp_path / "other", *one, "false"))
 
 
 def test_flags_are_filled_and_later_ones_win() -> None:

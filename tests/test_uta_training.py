@@ -111,9 +111,10 @@ def test_a_killed_run_goes_on_with_the_same_losses(material: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(material: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
-    one = losses(main(flags(material, tmp_path / "one")))
-    arguments = flags(material, tmp_path / "two", "--run.micro_batch_size", "2")
+@pytest.mark.parametrize("objective", ["uta", "uta+mim"])
+def test_two_processes_equal_one(objective: str, material: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    one = losses(main(flags(material, tmp_path / "one", "--objective", objective)))
+    arguments = flags(material, tmp_path / "two", "--objective", objective, "--run.micro_batch_size", "2")
     process = start(arguments, child_environment, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
