@@ -38,8 +38,11 @@ COMMANDS: dict[str, Command] = {
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "sweep": Command(
+        "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"
+    ),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes | sweeps"),
 }
 
 

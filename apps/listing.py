@@ -1,4 +1,4 @@
-"""`mmkit list encoders | llms | recipes`: what there is to name on a command line."""
+"""`mmkit list encoders | llms | recipes | sweeps`: what there is to name on a command line."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +31,15 @@ def llms() -> Rows:
 
 def recipes() -> Rows:
     """All recipes, with the first line of their heads."""
-    paths = [path for package in ("encoders", "llm_stage") for path in sorted((ROOT / package / "recipes").rglob("*.yaml"))]
-    return ["recipe", "file", "what it does"], [[path.stem, str(path.relative_to(ROOT)), first_comment(path)] for path in paths]
+    return from_files("recipes")
 
 
-LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "recipes": recipes}
+def sweeps() -> Rows:
+    """All sweeps (`mmkit sweep NAME`)."""
+    return from_files("sweeps")
+
+
+LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "recipes": recipes, "sweeps": sweeps}
 
 
 def from_table(table: Mapping[str, Any]) -> Rows:
@@ -43,6 +47,14 @@ def from_table(table: Mapping[str, Any]) -> Rows:
     first = next(iter(table.values()))
     fields = [item.name for item in dataclasses.fields(first) if any(isinstance(getattr(row, item.name), str) for row in table.values())]
     return ["name", *fields], [[name, *(str(getattr(row, item) or "") for item in fields)] for name, row in table.items()]
+
+
+def from_files(kind: str) -> Rows:
+    """Headings and rows of the kit's YAML files of a kind, "recipes" or "sweeps"."""
+    paths = [path for package in ("encoders", "llm_stage") for path in sorted((ROOT / package / kind).rglob("*.yaml"))]
+    return [kind.removesuffix("s"), "file", "what it does"], [
+        [path.stem, str(path.relative_to(ROOT)), first_comment(path)] for path in paths
+    ]
 
 
 def first_comment(path: Path) -> str:
@@ -71,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     headings, rows = find("list", LISTS, words[0])()
     table = Table()
     for heading in headings:
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "recipe"))
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "recipe", "sweep"))
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -1,14 +1,18 @@
 """Unmasked Token Alignment: a student that sees part of a picture learns the tokens a frozen CLIP tower gives for all of it.
 
     python encoders/train_uta.py --recipe mini_uta --data.root IMAGES --output_dir runs/uta
+    python encoders/train_uta.py --recipe mini_uta --data.root IMAGES --output_dir runs/mim --objective mim
     torchrun --nproc_per_node 8 encoders/train_uta.py --recipe uta_vit_b14 --data.root IN21K_FOLDER --output_dir runs/uta_b14
 
 The teacher's image embedding and patch tokens, projected into the joint image-text space, are the targets; the student, a vision
 transformer with random weights, is given CLS and the kept patches alone and has a linear head into the same space. So its CLS output can be
 compared with the teacher's text tower, although no text is used here. The run folder then holds `encoder/`, a VisionEncoder folder.
 
-Source: Enhancing Vision-Language Model with Unmasked Token Alignment (UTA). Departures: the student begins with timm's initialisation
-instead of EVA-02's, and `cls_weight` may give CLS a larger share of the loss than 1 / (1 + K), which is the paper's plain mean.
+The paper's rivals are one setting away (`objective`): feature distillation (all tokens), MIM (a mask token in the place of removed patches,
+and the loss there), and both at once.
+
+Source: Enhancing Vision-Language Model with Unmasked Token Alignment (UTA), sections 3 and 4. Departure: `cls_weight` may give CLS a larger
+share of the loss than 1 / (1 + K), which is the paper's plain mean. EVA-02's first weights are `encoder.init eva02`.
 """
 
 import sys
@@ -21,16 +25,16 @@ if __package__ in (None, ""):  # started as a file: its folder is on sys.path, t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from timm.models import is_model_in_modules
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from encoders.catalog import describe
+from encoders.flops import StepBound, forward_flops, peak_of
 from encoders.image_data import ImageFolder, find_images
 from encoders.masking import MaskConfig, Masks
-from encoders.modeling import VisionEncoder, VisionEncoderConfig
-from encoders.teachers import Teacher, check_grids, load_teacher
+from encoders.students import Student, StudentConfig, build_student
+from encoders.teachers import Teacher, load_teacher
 from mmkit.checkpoint import atomic_folder
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError
@@ -40,16 +44,8 @@ from mmkit.run import Run, RunConfig
 from mmkit.trainable import trainable_table
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-@dataclass
-class StudentConfig:
-    """The network to be trained."""
-
-    architecture: str = field(default="eva02_base_patch14_224", metadata={"help": "a timm VisionTransformer or Eva"})
-    model_args: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "its arguments: img_size, patch_size, embed_dim, depth, ..."}
-    )
+Objective = Literal["uta", "fd", "mim", "uta+mim"]
+MASK_TOKEN_OBJECTIVES = ("mim", "uta+mim")
 
 
 @dataclass
@@ -76,21 +72,35 @@ class DataConfig:
 class UTAConfig:
     """Settings of an Unmasked Token Alignment training."""
 
+    objective: Objective = field(
+        default="uta",
+        metadata={
+            "help": "uta: CLS and kept patches; fd: all tokens (mask.* is not used); mim: a mask token stands for removed patches, loss on "
+            "those (CLS learns nothing: no zero-shot); uta+mim: both losses, one pass with mask tokens"
+        },
+    )
     teacher: str = field(default="mini-clip", metadata={"help": "a CLIP-like encoder: a name, or a folder"})
-    cls_weight: float | None = field(default=None, metadata={"help": "share of CLS in the loss; none is 1 / (1 + K), the mean over tokens"})
+    cls_weight: float | None = field(
+        default=None, metadata={"help": "share of CLS in the uta loss; none is 1 / (1 + K), the mean over tokens"}
+    )
     lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
     final_lr: float = field(default=1e-5, metadata={"help": "learning rate that the cosine ends at"})
     warmup: float = field(default=0.01, metadata={"help": "steps, or share of all steps if below 1"})
     weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98], metadata={"help": "AdamW's"})
     eps: float = field(default=1e-6, metadata={"help": "AdamW's"})
+    peak_tflops: float = field(default=0.0, metadata={"help": "what the device can do at best, for the share of it (MFU); 0 looks it up"})
     encoder: StudentConfig = field(default_factory=StudentConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:
-        """Refuse a share that is none."""
+        """Refuse a share that is none, and mask tokens that stand for nothing."""
+        if self.objective in MASK_TOKEN_OBJECTIVES and self.mask.ratio == 0:
+            raise ConfigError(f"mask.ratio is 0 and the objective '{self.objective}' learns what was removed: give a share, as in 0.4")
+        if self.objective == "fd":
+            self.mask = MaskConfig("random", 0.0)
         if self.cls_weight is not None and not 0 <= self.cls_weight <= 1:
             raise ConfigError(f"cls_weight is {self.cls_weight}; a share from 0 to 1 is right, or none for the mean over tokens")
         if len(self.betas) != 2:
@@ -129,31 +139,50 @@ def take_kept(tokens: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
 
 
-def build_student(config: StudentConfig, teacher: Teacher) -> VisionEncoder:
-    """Build a student with random weights, whose head ends in the teacher's joint space.
+def masked_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Give the mean distance [] (1 - cosine) over the patches that a mask token stood for.
 
-    Raises:
-        ConfigError: The network cannot be built, or sees another grid than the teacher.
+    Args:
+        predicted, target: Student and teacher tokens [B, 1 + N, E], CLS first.
+        mask: bool [B, N], True where removed: as many in each image.
     """
-    args = dict(config.model_args)
-    if args.setdefault("global_pool", "token") != "token":  # the EVA-02 entries default to 'avg', which has no CLS target
-        raise ConfigError(f"encoder.model_args.global_pool is '{args['global_pool']}'; UTA trains CLS, so 'token' is right")
-    if is_model_in_modules(config.architecture, ["eva"]):
-        # timm's 0.001 makes the head's gradient 400 times the trunk's: a clipped step would then move the head alone
-        args.setdefault("head_init_scale", 1.0)
-    try:
-        student = VisionEncoder(
-            VisionEncoderConfig(
-                architecture=config.architecture, model_args=args, joint_width=teacher.joint_width, text_tower=teacher.text_tower
-            )
-        )
-    except ValueError as error:
-        raise ConfigError(f"encoder.architecture '{config.architecture}': {error}") from error
-    t = teacher.spec
-    spec = ImageSpec(student.config.image_size or 0, t.mean, t.std, t.interpolation, t.resize)  # crop_pct 1: timm's 0.9 is for classifiers
-    student.config.image_spec = spec.to_dict()
-    check_grids(student, teacher)
-    return student
+    distance = 1 - F.cosine_similarity(predicted[:, 1:].float(), target[:, 1:].float(), dim=-1)  # [B, N]
+    return (distance * mask).sum() / mask.sum()
+
+
+def mask_of(keep: Tensor, patches: int) -> Tensor:
+    """Turn keep indices [B, K] into a mask: bool [B, N], True where removed."""
+    return torch.ones(len(keep), patches, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
+
+
+def learn(
+    objective: Objective, student: Any, images: Tensor, keep: Tensor, target: Tensor, cls_weight: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take the student's forward and loss of a micro-batch: all that differs between the objectives.
+
+    Args:
+        objective: Which.
+        student: A `Student`, or what wraps it.
+        images: [B, 3, H, W], prepared by the student's spec.
+        keep: Positions of the kept patches [B, K].
+        target: The teacher's tokens [B, 1 + N, E] of the whole images, without gradient.
+        cls_weight: As in `alignment_loss`.
+
+    Returns:
+        The total [] and its terms: "cls" and "patches" (the kept ones), and "masked" where there is a mask token.
+
+    Source: UTA, section 4.4 and Table 6. The paper does not weigh "UTA + MIM": the two means are added.
+    """
+    patches = target.shape[1] - 1
+    if objective in MASK_TOKEN_OBJECTIVES:
+        mask = mask_of(keep, patches)  # [B, N]
+        predicted = student(images, None, mask)  # [B, 1 + N, E]
+        seen, terms = alignment_loss(take_kept(predicted, keep), take_kept(target, keep), cls_weight)
+        masked = masked_loss(predicted, target, mask)
+        return (masked if objective == "mim" else seen + masked), {**terms, "masked": masked}
+    if keep.shape[1] == patches:  # all are kept: feature distillation
+        return alignment_loss(student(images), target, cls_weight)
+    return alignment_loss(student(images, keep), take_kept(target, keep), cls_weight)  # [B, 1 + K, E] both
 
 
 def export(run: Run, model: Any, config: UTAConfig, kept: int) -> None:
@@ -161,10 +190,11 @@ def export(run: Run, model: Any, config: UTAConfig, kept: int) -> None:
     state = run.accelerator.get_state_dict(model)
     if not run.is_main:
         return
-    student: VisionEncoder = run.unwrap()
-    student.config.origin = f"UTA, teacher {config.teacher}, {run.step} steps"
+    state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}  # no mask token
+    student = run.unwrap().encoder
+    student.config.origin = f"{config.objective.upper()}, teacher {config.teacher}, {run.step} steps"
     student.config.training = {
-        "objective": "uta",
+        "objective": config.objective,
         "teacher": config.teacher,
         "mask": config.mask.type,
         "ratio": config.mask.ratio,
@@ -177,19 +207,10 @@ def export(run: Run, model: Any, config: UTAConfig, kept: int) -> None:
         student.spec.image_processor().save_pretrained(str(folder))
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Train, and give the run folder."""
-    config = load_config(UTAConfig, argv, recipe_dir=RECIPES)
-    find_images(config.data.root)  # before anything is written
-    teacher = load_teacher(config.teacher)
-    torch.manual_seed(config.run.seed)
-    student = build_student(config.encoder, teacher)
-    masks = Masks(config.mask, student.grid, config.run.seed)
-    run = Run(config.run, name="uta", settings=config)
-    teacher.to(run.device, torch.bfloat16 if config.run.precision == "bf16" else None)
+def open_images(config: UTAConfig, crop_spec: ImageSpec, masks: Masks, run: Run) -> ImageFolder:
+    """Open the data; a crop of `crop_spec` serves both networks, the smaller one's is resized on the device."""
     low, high = config.data.scale
-    crop_spec = max(student.spec, teacher.spec, key=lambda spec: spec.size)  # one crop for both; the smaller one's is resized on the device
-    dataset = ImageFolder(
+    return ImageFolder(
         config.data.root,
         crop_spec,
         seed=config.run.seed,
@@ -201,29 +222,62 @@ def main(argv: Sequence[str] | None = None) -> Path:
         extra=lambda epoch, index: {"keep": masks.keep(epoch, index)},
     )
 
+
+def step_bound(config: UTAConfig, student: Student, teacher: Teacher, kept: int, run: Run) -> StepBound:
+    """Count what a step of this process must compute; with mask tokens all N patches enter the student."""
+    entering = None if config.objective in MASK_TOKEN_OBJECTIVES else kept
+    return StepBound(
+        teacher=forward_flops(teacher.encoder),
+        student=forward_flops(student.encoder, entering),
+        views=config.mask.views,
+        batch=config.run.micro_batch_size * run.accumulation,
+        peak=config.peak_tflops or peak_of(run.device, config.run.precision),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, and give the run folder."""
+    config = load_config(UTAConfig, argv, recipe_dir=RECIPES)
+    find_images(config.data.root)  # before anything is written
+    teacher = load_teacher(config.teacher)
+    torch.manual_seed(config.run.seed)
+    student = Student(build_student(config.encoder, teacher), mask_token=config.objective in MASK_TOKEN_OBJECTIVES)
+    spec, num_patches = student.encoder.spec, student.encoder.num_patches
+    masks = Masks(config.mask, student.encoder.grid, config.run.seed)
+    run = Run(config.run, name="uta", settings=config)
+    teacher.to(run.device, torch.bfloat16 if config.run.precision == "bf16" else None)
+    dataset = open_images(config, max(spec, teacher.spec, key=lambda spec: spec.size), masks, run)
+
     groups = param_groups(student, config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
     run.print(trainable_table(student, {"student": student, "teacher": teacher.encoder}, {"teacher": teacher.encoder.config.origin}))
-    run.print(f"student: {describe(student)}\nteacher: {describe(teacher.encoder)}")
+    run.print(f"student: {describe(student.encoder)}\nteacher: {describe(teacher.encoder)}")
     run.print(
-        f"{len(dataset)} images; {config.mask.type}: {masks.kept} of {student.num_patches} patches kept, "
+        f"{len(dataset)} images; {config.objective}, {config.mask.type}: {masks.kept} of {num_patches} patches kept, "
         f"{config.mask.views} view(s) of each crop"
     )
+    bound = step_bound(config, student, teacher, masks.kept, run)
+    run.print(bound.describe())
+    if config.encoder.compile:
+        student.compile_tokens()
+        teacher.encoder.tokens = torch.compile(teacher.encoder.tokens)  # type: ignore[method-assign]
     model, optimizer = run.prepare(student, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), config.warmup, config.final_lr / config.lr))
 
+    speed: dict[str, float] = {}
     for batch in run.batches(dataset, default_collate):
         pixels, keep = batch["pixels"], batch["keep"].transpose(0, 1)  # uint8 [B, 3, S, S], [V, B, K]
         views = len(keep)
         target = teacher.tokens(to_images(pixels, teacher.spec)).repeat(views, 1, 1)  # [V B, 1 + N, E], without gradient
-        images = to_images(pixels, student.spec).repeat(views, 1, 1, 1)  # [V B, 3, H, W]
-        keep = keep.flatten(0, 1)  # [V B, K]
-        predicted = run.forward(VisionEncoder.tokens, images, keep)  # [V B, 1 + K, E]
-        loss, terms = alignment_loss(predicted, take_kept(target, keep), config.cls_weight)
+        images = to_images(pixels, spec).repeat(views, 1, 1, 1)  # [V B, 3, H, W]
+        loss, terms = learn(config.objective, model, images, keep.flatten(0, 1), target, config.cls_weight)
         run.backward(loss, **terms)
-        run.log(**terms)
+        speed = bound.tick() if run.updated else speed
+        run.log(**terms, **speed)
 
     export(run, model, config, masks.kept)
+    if speed_found := bound.summary():
+        run.print(speed_found)
     if bad := dataset.bad_images():
         run.print(f"{len(bad)} unreadable images were left out (bad_samples.jsonl):\n  " + "\n  ".join(bad.values()))
     return run.finish()

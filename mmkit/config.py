@@ -4,6 +4,9 @@
 
 A key is the path of a field (`run.steps`), or the field's own name where only one field in the whole tree bears it (`steps`). A field that
 holds a dict takes longer paths (`run.deepspeed.zero_optimization.stage 2`).
+
+A recipe may begin with `base: NAME`: another recipe beside it (or its path), which it changes. What a recipe says of a dict replaces the
+base's dict; `model_args.depth: 4` changes one entry of it.
 """
 
 import dataclasses
@@ -15,15 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from mmkit.config_values import coerce, parse
 from mmkit.errors import ConfigError, MMKitError
 
 C = TypeVar("C")
 LAUNCHER_FLAGS = {"local_rank"}  # the deepspeed launcher puts --local_rank=N before our own flags
-NONE_WORDS = {"none", "null", "~"}
 
 
 @dataclass
@@ -37,13 +40,14 @@ class Leaf:
     source: str = "default"
 
 
-def load_config(cls: type[C], argv: Sequence[str] | None = None, *, recipe_dir: Path | None = None) -> C:
+def load_config(cls: type[C], argv: Sequence[str] | None = None, *, recipe_dir: Path | None = None, recipe_flag: str = "recipe") -> C:
     """Build the settings of a script from defaults, `--recipe` and flags, in this order.
 
     Args:
         cls: A dataclass; fields may be dataclasses themselves. Every field has a default. `field(metadata={"help": ...})` documents one.
         argv: The command line without the program's name. None is `sys.argv[1:]`.
         recipe_dir: Where `--recipe NAME` looks for `NAME.yaml`.
+        recipe_flag: The flag that names the recipe's file, where "recipe" is a setting itself.
 
     Returns:
         An instance of `cls`. Its `validate()`, and that of every dataclass inside, has been called, inner ones first.
@@ -55,15 +59,15 @@ def load_config(cls: type[C], argv: Sequence[str] | None = None, *, recipe_dir: 
     argv = list(sys.argv[1:] if argv is None else argv)
     leaves = _leaves(cls)
     if any(word in ("--help", "-h") for word in argv):
-        print(_help(cls, leaves, recipe_dir))
+        print(_help(cls, leaves, recipe_dir, recipe_flag))
         raise SystemExit(0)
-    flags = _read_flags(argv, cls, leaves)
-    for recipe in [value for key, value in flags if key == "recipe" and "recipe" not in leaves]:
-        path = find_recipe(str(recipe), recipe_dir)
-        for key, value in _flatten(_read_yaml(path), leaves, cls, path.name):
-            _set(cls, leaves, key, value, path.name)
+    flags = _read_flags(argv, cls, leaves, recipe_flag)
+    for recipe in [value for key, value in flags if key == recipe_flag and recipe_flag not in leaves]:
+        for path, data in read_recipe(find_recipe(str(recipe), recipe_dir), with_base="base" not in leaves):
+            for key, value in _flatten(data, leaves, cls, path.name):
+                _set(cls, leaves, key, value, path.name)
     for key, value in flags:
-        if key != "recipe" or "recipe" in leaves:
+        if key != recipe_flag or recipe_flag in leaves:
             _set(cls, leaves, key, value, "command line", from_text=True)
     config = _build(cls, leaves, "")
     _validate(config)
@@ -86,6 +90,37 @@ def find_recipe(name: str, recipe_dir: Path | None) -> Path:
             return path
     near = get_close_matches(Path(name).stem, known, n=3, cutoff=0.4) or known
     raise ConfigError(f"--recipe {name}: no such file, and no recipe of that name; nearest: {', '.join(near) or 'none'}")
+
+
+def read_recipe(path: Path, with_base: bool = True) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a recipe and those that it is based on, each as (file, its own settings), the base of all first.
+
+    Args:
+        path: The recipe's file.
+        with_base: Follow `base`; False takes it for a setting like others.
+
+    Raises:
+        ConfigError: A file is no YAML, a base is missing, or recipes are based on each other in a circle.
+    """
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in seen:
+            raise ConfigError(f"recipe {path}: its bases form a circle, {' -> '.join(file.name for file in [*seen, following])}")
+        seen.append(following.resolve())
+        data = _read_yaml(following)
+        base = data.pop("base", None) if with_base else None
+        chain.insert(0, (following, data))
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise ConfigError(f"recipe {following}: base is {base!r}; the name or the path of one recipe is right")
+        try:
+            following = find_recipe(base, following.parent)
+        except ConfigError as error:
+            raise ConfigError(f"recipe {following}: its base is not there: {str(error).replace('--recipe ', '')}") from error
+    return chain
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -204,7 +239,7 @@ def _set(cls: Any, leaves: dict[str, Leaf], key: str, value: Any, source: str, f
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"'{key}' ({source}): {leaf.path} holds {place!r} at '{part}', which has no parts")
-        place[inside[-1]] = _parse(value) if from_text else value
+        place[inside[-1]] = parse(value) if from_text else value
         leaf.value = merged
     else:
         leaf.value = coerce(value, leaf.kind, f"{leaf.path} ({source})", from_text)
@@ -214,7 +249,7 @@ def _set(cls: Any, leaves: dict[str, Leaf], key: str, value: Any, source: str, f
 # ---- sources -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> list[tuple[str, Any]]:
+def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf], recipe_flag: str) -> list[tuple[str, Any]]:
     """Split `--key value`, `--key=value` and bare `--flag` into pairs; values stay text."""
     flags: list[tuple[str, Any]] = []
     words = list(argv)
@@ -228,7 +263,7 @@ def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> li
                 words.pop(0)
             continue
         if not equals:
-            bool_flag = _takes_bool(key, cls, leaves)
+            bool_flag = key != recipe_flag and _takes_bool(key, cls, leaves)
             follows = bool(words) and not words[0].startswith("--")
             if bool_flag and not (follows and words[0].lower() in ("true", "false", "1", "0", "yes", "no")):
                 value = "true"
@@ -244,8 +279,6 @@ def _read_flags(argv: Sequence[str], cls: Any, leaves: Mapping[str, Leaf]) -> li
 
 def _takes_bool(key: str, cls: Any, leaves: Mapping[str, Leaf]) -> bool | None:
     """Tell whether a flag may stand alone. None is an unknown key: `_set` refuses it, when the recipe has been read too."""
-    if key == "recipe":
-        return False
     try:
         leaf, inside = _resolve(cls, leaves, key, "command line")
     except ConfigError:
@@ -279,131 +312,7 @@ def _flatten(data: Mapping[Any, Any], leaves: Mapping[str, Leaf], cls: Any, sour
     return pairs
 
 
-# ---- values ------------------------------------------------------------------------------------------------------------------------------
-
-
-def coerce(value: Any, kind: Any, where: str, from_text: bool = False) -> Any:
-    """Check a value against a type and convert what is surely meant ("3" for an int, 3 for a float, a list's items one by one).
-
-    Args:
-        value: From YAML, or text from the command line (`from_text`).
-        kind: bool, int, float, str, Path, list[T], tuple[T, ...], dict[K, V], Literal, Optional, Union or Any.
-        where: The setting and its source, for the message.
-
-    Raises:
-        ConfigError: The value does not fit.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return _parse(value) if from_text else value
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, args, where, from_text)
-    if origin is Literal:
-        for choice in args:
-            if (value == choice and type(value) is type(choice)) or (isinstance(value, str) and value == str(choice)):
-                return choice
-        raise ConfigError(f"{where} is {value!r}; it may be {', '.join(str(choice) for choice in args)}")
-    if kind in (str, Path):
-        if isinstance(value, str | Path):
-            return str(value) if kind is str else Path(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and kind is str:
-            return str(value)  # YAML reads an unquoted 224 as a number
-        raise _wrong(value, kind, where)
-    if kind is bool:
-        return _coerce_bool(value, where)
-    if kind in (int, float):
-        return _coerce_number(value, kind, where)
-    if kind in (list, tuple, dict) or origin in (list, tuple, dict):
-        return _coerce_container(value, origin or kind, args, where, from_text)
-    raise ConfigError(f"{where}: settings of type {kind} cannot be read from text")
-
-
-def _coerce_union(value: Any, kinds: tuple[Any, ...], where: str, from_text: bool) -> Any:
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)):
-        return None
-    parsed = _parse(value) if from_text else value
-    rest = [kind for kind in kinds if kind is not type(None)]
-    for kind in rest:  # first the member that the value already is, so that {"a": 1} is a dict in dict | str
-        plain = get_origin(kind) or kind
-        if isinstance(plain, type) and type(parsed) is plain:
-            return coerce(parsed, kind, where)
-    for kind in rest:
-        try:
-            return coerce(value, kind, where, from_text)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{where} is {value!r}; it may be {' or '.join(_name(kind) for kind in kinds)}")
-
-
-def _coerce_bool(value: Any, where: str) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise _wrong(value, bool, where)
-
-
-def _coerce_number(value: Any, kind: Any, where: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _wrong(value, kind, where)
-    try:
-        number = float(value)  # also for text like 1e-3, which YAML 1.1 leaves as text
-    except ValueError:
-        raise _wrong(value, kind, where) from None
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise _wrong(value, kind, where)
-    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
-    return int(value) if exact else int(number)  # a float holds whole numbers up to 2^53 only
-
-
-def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...], where: str, from_text: bool) -> Any:
-    if from_text:
-        parsed = _parse(value)
-        if kind is not dict and not isinstance(parsed, list | tuple):  # a,b,c and a single item
-            parsed = [] if value == "" else [_parse(part.strip()) for part in str(value).split(",")]
-        value = parsed
-    if kind is dict:
-        if not isinstance(value, dict):
-            raise _wrong(value, kind, where)
-        key_kind, item_kind = args or (Any, Any)
-        return {coerce(key, key_kind, where): coerce(item, item_kind, f"{where}, at '{key}',") for key, item in value.items()}
-    if not isinstance(value, list | tuple):
-        raise _wrong(value, kind, where)
-    if kind is tuple and args and Ellipsis not in args:
-        if len(value) != len(args):
-            raise ConfigError(f"{where} has {len(value)} items, {len(args)} are right: {value!r}")
-        kinds: list[Any] = list(args)
-    else:
-        kinds = [args[0] if args else Any] * len(value)
-    return kind(coerce(item, item_kind, f"{where}, item {i},") for i, (item, item_kind) in enumerate(zip(value, kinds, strict=True)))
-
-
-def _parse(text: Any) -> Any:
-    """Read text from the command line as YAML would; what is no YAML is plain text."""
-    if not isinstance(text, str):
-        return text
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value) if value and value[0] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value if isinstance(value, dict | list | int | float | bool) or value is None else text
-
-
-def _wrong(value: Any, kind: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where} is {value!r}; it should be {_name(kind)}")
-
-
-def _name(kind: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", list: "a list", dict: "a dict"}
-    return words.get(kind, "none" if kind is type(None) else str(getattr(kind, "__name__", kind)))
+# ---- out again --------------------------------------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -416,8 +325,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _help(cls: Any, leaves: Mapping[str, Leaf], recipe_dir: Path | None) -> str:
-    lines = [(cls.__doc__ or cls.__name__).strip(), "", "  --recipe FILE_OR_NAME"]
+def _help(cls: Any, leaves: Mapping[str, Leaf], recipe_dir: Path | None, recipe_flag: str) -> str:
+    lines = [(cls.__doc__ or cls.__name__).strip(), "", f"  --{recipe_flag} FILE_OR_NAME"]
     if recipe_dir is not None and recipe_dir.is_dir():
         lines.append(f"      a YAML file with any of these; here: {', '.join(sorted(path.stem for path in recipe_dir.glob('*.yaml')))}")
     for leaf in leaves.values():

@@ -19,8 +19,16 @@ LEVELS = ["mmkit", "encoders", "llm_stage", "apps"]  # a level may import itself
 SOURCES = sorted(path for level in LEVELS for path in (ROOT / level).rglob("*.py"))
 RECIPES = sorted(path for level in LEVELS for path in (ROOT / level / "recipes").rglob("*.yaml"))
 # Which script a recipe is for stands in its head: "# run  ... encoders/train_uta.py ..." or "# run  mmkit train uta ...".
+UTA_ROWS = {  # of the paper's Tables 6 to 9
+    "uta_tab6_": ("fd", "mim", "uta", "uta_mim"),
+    "uta_tab7_": ("mim", "mim_no_pe", "uta", "uta_no_pe"),
+    "uta_tab8_": ("clip_l14", "eva_g14"),
+    "uta_tab9_": ("ratio_0", "ratio_04", "ratio_05", "ratio_07", "block", "block_reversed", "random"),
+}
+UTA_RECIPES = {"mini_uta", "mini_uta_quick", "uta_ablation_b14", "uta_vit_b14", "uta_vit_g14", "uta_vit_l14"}
+UTA_RECIPES |= {table + row for table, rows in UTA_ROWS.items() for row in rows}
 EXPECTED_RECIPES = {
-    "encoders": {"mini_clip", "mini_uta", "mini_uta_quick", "uta_vit_b14"},
+    "encoders": {"mini_clip"} | UTA_RECIPES,
     "llm_stage": {"llava_v15_stage1", "llava_v15_stage2", "mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
 }
 

@@ -196,3 +196,37 @@ def test_find_names_the_nearest() -> None:
     with pytest.raises(NameNotFound, match=r"no encoder named 'vit_smal'; nearest: vit_small"):
         find("encoder", {"vit_small": 1, "resnet": 2}, "vit_smal")
     assert find("encoder", {"a": 1}, "a") == 1
+
+
+# ---- recipes based on recipes -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **recipes: str) -> None:
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_recipe_changes_its_base_and_flags_change_both(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        first="name: first\ntable: {depth: 2, width: 8}\ndata: {rate: 0.1, size: 5}\n",
+        second="base: first\nname: second\ntable.depth: 4\ndata: {size: 6}\n",
+        third="base: second\ndata: {size: 7}\n",
+        replaces="base: first\ntable: {heads: 3}\n",
+    )
+    third = load_config(Outer, ["--recipe", "third", "--data.rate", "0.3"], recipe_dir=tmp_path)
+    assert (third.name, third.table, third.data) == ("second", {"depth": 4, "width": 8}, Inner(size=7, rate=0.3))
+    assert load_config(Outer, ["--recipe", str(tmp_path / "replaces.yaml")]).table == {"heads": 3}
+
+
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, a="base: b\n", b="base: a\n", lost="base: lostt\n", two="base: [a, b]\n", wrong="base: typo\n", typo="nam: x\n")
+    cases = {
+        "a": r"a circle, a.yaml -> b.yaml -> a.yaml",
+        "lost": r"lost.yaml: its base is not there: lostt: no such file, and no recipe of that name; nearest: lost",
+        "two": r"base is \['a', 'b'\]; the name or the path of one recipe",
+        "wrong": r"has no 'nam' \(typo.yaml\)",  # the file that says it
+    }
+    for name, words in cases.items():
+        with pytest.raises(ConfigError, match=words):
+            load_config(Outer, ["--recipe", name], recipe_dir=tmp_path)

@@ -150,3 +150,24 @@ def test_an_interval_holds_its_mean_and_stays_in_range(values: list[float], seed
 def test_figures_that_mean_nothing_are_refused(call: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_students_t_is_that_of_the_tables() -> None:
+    table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216, 10: 2.22814, 30: 2.04227, 101: 1.98373}
+    assert {freedom: round(stats.student_t95(freedom), 5) for freedom in table} == pytest.approx(table, abs=5e-5)
+    with pytest.raises(DataError, match="at least two values"):
+        stats.student_t95(0)
+
+
+def test_three_seeds_say_little_and_one_says_nothing_of_spread() -> None:
+    found = stats.over_seeds([1.0, 2.0, 3.0])
+    assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
+    assert (found.low, found.high) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+    assert stats.over_seeds([0.7]) == stats.OverSeeds(0.7, None, None, None, 1)
+    covered = 0
+    for seed in range(400):  # the interval holds the truth in 95 of 100 cases
+        drawn = stats.over_seeds(np.random.default_rng(seed).normal(5.0, 2.0, 3))
+        assert drawn.low is not None
+        assert drawn.high is not None
+        covered += drawn.low <= 5.0 <= drawn.high
+    assert 0.92 <= covered / 400 <= 0.98
