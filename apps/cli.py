@@ -38,6 +38,11 @@ COMMANDS: dict[str, Command] = {
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "convert uta": Command("encoders.convert:uta", "the authors' UTA checkpoint -> encoder folder with image and text tower"),
+    "convert eva": Command("encoders.convert:eva", "an EVA-CLIP checkpoint, or LAVIS's eva_vit_g.pth -> encoder folder"),
+    "convert open-clip": Command("encoders.convert:open_clip", "an encoder and its text tower -> an open_clip model"),
+    "convert timm": Command("encoders.convert:plain_timm", "an encoder -> a plain timm checkpoint"),
+    "convert resize": Command("encoders.convert:resize", "an encoder -> the same at another patch or image size"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),
 }

@@ -15,7 +15,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
 
-import encoders.architectures  # noqa: F401  (registers mini-clip's tower with timm, by whose name open_clip builds it)
+from encoders.architectures import (
+    register_folder_entry,
+)  # importing it registers mini-clip's tower with timm, by whose name open_clip builds it
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from encoders.text import quiet_open_clip
 from mmkit.checkpoint import load_strict
@@ -60,6 +62,7 @@ def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool 
 def _open_clip_model(name: str, origin: str, pretrained: bool) -> nn.Module:
     if (Path(name) / "open_clip_config.json").is_file():
         try:
+            register_folder_entry(Path(name))
             return open_clip.create_model(f"local-dir:{name}")
         except (ValueError, RuntimeError, OSError) as error:
             raise DataError(f"the open_clip folder of '{origin}' cannot be loaded: {error}") from error
