@@ -312,6 +312,8 @@ def build_network(architecture: str, model_args: dict[str, Any], joint_width: in
         raise ValueError(f"timm {timm.__version__} cannot build '{architecture}' with {args}: {error}") from error
     if not isinstance(network, VisionTransformer | Eva):
         raise ValueError(f"'{architecture}' is a {type(network).__name__}; a VisionEncoder wants tokens: a VisionTransformer or an Eva")
+    if hasattr(network, "head_dist"):
+        raise ValueError(f"'{architecture}' averages two heads on two tokens; no single token is its embedding")
     return network
 
 
