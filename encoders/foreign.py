@@ -210,9 +210,9 @@ def from_hf(name: str, *, origin: str) -> VisionEncoder:
             vision.projection_dim = (
                 config.projection_dim
             )  # a whole CLIP says it at the top; its vision part keeps a default that may be wrong
-            model = _load_hf(CLIPVisionModelWithProjection, name, vision, origin)
+            model = load_hf(CLIPVisionModelWithProjection, name, vision, origin)
         elif kind in ("siglip", "siglip_vision_model"):
-            model = _load_hf(SiglipVisionModel, name, vision, origin)
+            model = load_hf(SiglipVisionModel, name, vision, origin)
         else:
             raise ConfigError(f"'{origin}' is a '{kind}'; of transformers' models, CLIP and SigLIP vision towers are taken")
     except OSError as error:
@@ -221,11 +221,12 @@ def from_hf(name: str, *, origin: str) -> VisionEncoder:
         ) from error
     spec = ImageSpec(size=vision.image_size, **spec_values)
     encoder = _hf_clip(model, vision, spec, origin) if kind.startswith("clip") else _hf_siglip(model, vision, spec, origin)
+    encoder.config.text_tower = origin if kind in ("clip", "siglip") else None  # a whole model has its text tower beside it
     _assert_equal(encoder, lambda images: _hf_embedding(model, images), origin)
     return encoder
 
 
-def _load_hf(kind: Any, name: str, config: Any, origin: str) -> Any:
+def load_hf(kind: Any, name: str, config: Any, origin: str) -> Any:
     """Load a transformers model whole: it would fill tensors that the file lacks, or has in another shape, with random numbers.
 
     Raises:

@@ -97,7 +97,8 @@ def text_sheet(
             continue
         values, text = maps[number - 1], texts[number - 1]
         low, high = float(values.min()), float(values.max())
-        draw.multiline_text((x, y + 4), wrapped(text, size), INK, font=font(13), spacing=2)
+        label = wrapped(text, size)
+        draw.multiline_text((x, y + head - 18 * (1 + label.count("\n")) - 2), label, INK, font=font(13), spacing=2)
         sheet.paste(tile(picture, values, size, low, high), (x, y + head))
         note = f"cosine {low:.2f} to {high:.2f}; whole image {float(whole[number - 1]):.2f}"
         draw.text((x, y + head + size + 5), note, SOFT, font=font(12))

@@ -72,6 +72,8 @@ def text_model_config(name: str) -> dict[str, Any]:
     if (bare / "open_clip_config.json").is_file():
         model: dict[str, Any] = json.loads((bare / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
         return model
+    if name.startswith("hf:"):
+        raise ConfigError(f"text tower '{name}' is transformers'; open_clip takes its own: name one of the same space with --text_tower")
     found: dict[str, Any] | None = get_model_config(str(bare).partition("/")[0])
     if found is None:
         raise ConfigError(f"text tower '{name}': open_clip has no configuration of this name")

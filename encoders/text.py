@@ -86,7 +86,8 @@ def load_text_tower(name: str) -> TextTower:
 
     Args:
         name: "mini-clip" (inside this package), "openclip:MODEL/TAG", or a folder with `open_clip_config.json` (with or without
-            "openclip:" in front), such as `train_contrastive.py` writes; or an encoder folder that carries its text tower.
+            "openclip:" in front), such as `train_contrastive.py` writes; an encoder folder that carries its text tower; or "hf:NAME", a
+            CLIP or SigLIP of transformers.
 
     Raises:
         NameNotFound: Nothing of this name; the message says what there is.
@@ -104,6 +105,10 @@ def load_text_tower(name: str) -> TextTower:
     for folder in (Path(bare), Path(bare) / TEXT_FOLDER):
         if (folder / TEXT_CONFIG).is_file():
             return TextTower(*read_text_folder(folder), name)
+    if name.startswith("hf:"):
+        from encoders.hf_text import read_hf_text  # here, since it imports foreign.py, which imports this file
+
+        return TextTower(*read_hf_text(name.removeprefix("hf:")), name)
     if name.startswith("openclip:"):
         return _from_open_clip(bare, name)
     raise NameNotFound(

@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from encoders.architectures import register_entry
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from encoders.teachers import Teacher, check_student, load_teacher
+from encoders.text import load_text_tower, word_tokenizer
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageSpec, renormalise
 
@@ -111,6 +112,28 @@ def test_a_whole_siglip_of_transformers_teaches(tmp_path: Path) -> None:
     scale = float(tokens.abs().max())
     assert_close(tokens[:, 0], seen.pooler_output, rtol=0, atol=2e-5 * scale)
     assert_close(tokens[:, 8], model.vision_model.head(seen.last_hidden_state[:, 7:8]), rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_teacher_of_transformers_brings_its_text_tower(family: str, tmp_path: Path) -> None:
+    words = {**WORDS, "max_position_embeddings": 12}
+    texts = ["a cat", "two owls and a bus"]
+    tokenizer = word_tokenizer(texts * 4, 64)  # its end is id 2, as in the configurations of the first CLIPs
+    if family == "clip":
+        model: Any = CLIPModel(CLIPConfig(vision_config=VISION, text_config={**words, "eos_token_id": 2}, projection_dim=40)).eval()
+    else:
+        model = SiglipModel(SiglipConfig(vision_config={**VISION, "hidden_size": 48}, text_config={**words, "hidden_size": 48})).eval()
+    shake(model)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    teacher = load_teacher(f"hf:{tmp_path}")
+    assert teacher.text_tower == f"hf:{tmp_path}"
+    tower = load_text_tower(teacher.text_tower or "")
+    assert tower.joint_width == teacher.joint_width
+    ids = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")["input_ids"]
+    theirs = model.get_text_features(input_ids=ids).pooler_output
+    assert_close(tower.encode(texts), F.normalize(theirs, dim=-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tensor", "words"), [
