@@ -170,6 +170,8 @@ def resize(argv: Sequence[str] | None = None) -> Path:
 def write_encoder(encoder: VisionEncoder, folder: Path) -> None:
     """Write an encoder folder: weights, configuration, image processor, and the file that loads them without this kit."""
     encoder.save_pretrained(str(folder))
+    for weights in folder.glob("*.safetensors"):  # safetensors makes files that only their owner can read
+        weights.chmod((folder / "config.json").stat().st_mode)
     encoder.spec.image_processor().save_pretrained(str(folder))
 
 

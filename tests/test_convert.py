@@ -107,6 +107,7 @@ def test_a_converted_folder_can_be_moved_and_brings_its_text_tower(small: Path, 
     moved.symlink_to(small)
     encoder = load_encoder(moved)
     assert encoder.config.text_tower == str(moved / "text_tower")
+    assert (small / "model.safetensors").stat().st_mode == (small / "config.json").stat().st_mode
     words = ["a red cat", "two owls"]
     features = load_text_tower(encoder.config.text_tower or "").encode(words)
     assert features.shape == (2, 24)
