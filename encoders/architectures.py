@@ -1,14 +1,23 @@
-"""Networks of this kit's own, under timm names, so that timm and open_clip build them by name once `encoders` is imported."""
+"""Networks under timm names of this kit's own: the small tower of mini-clip, and towers of exported models that no stock entry describes.
 
+open_clip builds a timm tower by its name alone, without arguments. So a tower of another size (patch 16 where timm's entry has 14) needs an
+entry of its own; the folder that `mmkit convert open-clip` writes says which, and carries a file that registers it where mmkit is not
+installed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import register_model
+from timm.models import is_model, register_model
 from torch import nn
 
 # The plain ViT behind `vit_mini_patch16_96`: a stock timm entry and the arguments that make it small, for whoever has timm alone.
 MINI_VIT_ENTRY = "vit_tiny_patch16_224"
 MINI_VIT_ARGS: dict[str, Any] = {"img_size": 96, "patch_size": 16, "embed_dim": 192, "depth": 8, "num_heads": 3}
+_HUB_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm.create_model hands these to every entry
 
 
 @register_model
@@ -20,6 +29,63 @@ def vit_mini_patch16_96(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """
     if pretrained:
         raise ValueError("vit_mini_patch16_96 has no weights of its own; load_encoder('mini-clip') gives the trained image tower")
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm.create_model hands these to every entry
+    for name in _HUB_ARGUMENTS:
         kwargs.pop(name, None)
     return timm.create_model(MINI_VIT_ENTRY, **{**MINI_VIT_ARGS, **kwargs})
+
+
+def entry_name(architecture: str, args: dict[str, Any]) -> str:
+    """Give a stock entry with arguments a name that only these arguments have."""
+    content = json.dumps(args, sort_keys=True)
+    return f"{architecture}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def register_entry(name: str, architecture: str, args: dict[str, Any]) -> None:
+    """Let `timm.create_model(name)` build a stock entry with arguments. A name that is taken already stays as it is."""
+    if is_model(name):
+        return
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} has no weights of its own; they belong to the model whose folder names it")
+        for hub in _HUB_ARGUMENTS:
+            kwargs.pop(hub, None)
+        return timm.create_model(architecture, **{**args, **kwargs})
+
+    entry.__name__ = name
+    register_model(entry)
+
+
+def register_folder_entry(folder: Path) -> None:
+    """Register the timm entry that an open_clip folder of this kit's names in its configuration, if it names one."""
+    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    entry = config.get("mmkit", {}).get("timm_entry")
+    if entry:
+        register_entry(
+            entry["name"], entry["architecture"], {k: tuple(v) if isinstance(v, list) else v for k, v in entry["model_args"].items()}
+        )
+
+
+ENTRY_SCRIPT = '''"""Tells timm the image tower of this folder's model. Run it before open_clip loads the folder (mmkit does so by itself):
+
+    exec(open("FOLDER/{file}").read()); model = open_clip.create_model("local-dir:FOLDER")
+"""
+
+import timm
+from timm.models._registry import _model_entrypoints
+
+
+def entry(pretrained=False, **kwargs):
+    for name in {hub!r}:
+        kwargs.pop(name, None)
+    return timm.create_model({architecture!r}, **{{**{args!r}, **kwargs}})
+
+
+_model_entrypoints[{name!r}] = entry
+'''
+ENTRY_FILE = "timm_entry.py"
+
+
+def entry_script(name: str, architecture: str, args: dict[str, Any]) -> str:
+    """Write the few lines that register an entry where mmkit is not installed: they need timm alone."""
+    return ENTRY_SCRIPT.format(name=name, architecture=architecture, args=args, hub=_HUB_ARGUMENTS, file=ENTRY_FILE)

@@ -4,7 +4,7 @@
     "timm:NAME[.TAG]"             a vision transformer of timm
     "openclip:MODEL/TAG"          the image tower of an open_clip model; also a folder with open_clip_config.json
     "hf:NAME" or "hf:FOLDER"      a CLIP or SigLIP vision tower of transformers
-    FOLDER                        what save_pretrained of a VisionEncoder wrote (trainings write it as RUN/encoder)
+    FOLDER                        what save_pretrained of a VisionEncoder wrote (trainings write it as RUN/encoder, `mmkit convert` as OUT)
 
 Whatever the source, the network inside is stock timm; a conversion that does not give the source's own numbers is refused.
 """
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from encoders.foreign import from_hf, from_open_clip
 from encoders.modeling import MODEL_TYPE, VisionEncoder, VisionEncoderConfig, image_spec_of
 from encoders.text import quiet_open_clip
+from encoders.text_folder import IN_THIS_FOLDER, TEXT_FOLDER
 from mmkit.checkpoint import load_strict, load_weights
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.trainable import trainable_table
@@ -232,6 +233,8 @@ def _from_folder(folder: Path, source: str) -> VisionEncoder:
     state = _folder_weights(folder)
     load_strict(encoder, state, f"{folder / 'model.safetensors'}")
     encoder.network.to(next(iter(state.values())).dtype)
+    if encoder.config.text_tower == IN_THIS_FOLDER:  # the folder may have been moved: its own text tower is named by where it is now
+        encoder.config.text_tower = str(folder / TEXT_FOLDER)
     return encoder.eval()
 
 

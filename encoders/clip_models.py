@@ -13,6 +13,7 @@ from open_clip.factory import get_model_config
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from encoders.architectures import register_folder_entry
 from encoders.text import END_ID, quiet_open_clip, word_tokenizer
 from mmkit.checkpoint import atomic_write, save_weights
 from mmkit.errors import ConfigError, DataError, NameNotFound
@@ -143,6 +144,7 @@ def _from_config(config: dict[str, Any], captions: Callable[[], Iterable[str]], 
 def _from_folder(folder: Path) -> ClipParts:
     if not (folder / CONFIG_NAME).is_file():
         raise DataError(f"--model {folder}: the folder has no {CONFIG_NAME}; it should be one that open_clip or train_contrastive wrote")
+    register_folder_entry(folder)
     with quiet_open_clip():
         clip = open_clip.create_model(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

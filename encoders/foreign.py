@@ -14,8 +14,11 @@ from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
 
-import encoders.architectures  # noqa: F401  (registers mini-clip's tower with timm, by whose name open_clip builds it)
+from encoders.architectures import (
+    register_folder_entry,
+)  # importing it registers mini-clip's tower with timm, by whose name open_clip builds it
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from encoders.text import quiet_open_clip
 from mmkit.checkpoint import load_strict
@@ -60,6 +63,7 @@ def from_open_clip(name: str, *, text_tower: str, origin: str, pretrained: bool 
 def _open_clip_model(name: str, origin: str, pretrained: bool) -> nn.Module:
     if (Path(name) / "open_clip_config.json").is_file():
         try:
+            register_folder_entry(Path(name))
             return open_clip.create_model(f"local-dir:{name}")
         except (ValueError, RuntimeError, OSError) as error:
             raise DataError(f"the open_clip folder of '{origin}' cannot be loaded: {error}") from error
@@ -201,22 +205,48 @@ def from_hf(name: str, *, origin: str) -> VisionEncoder:
         config: Any = AutoConfig.from_pretrained(name)
         spec_values = _hf_spec(name, config)
         kind = config.model_type
+        vision: Any = getattr(config, "vision_config", config)
         if kind in ("clip", "clip_vision_model"):
-            model: Any = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32)
+            vision.projection_dim = (
+                config.projection_dim
+            )  # a whole CLIP says it at the top; its vision part keeps a default that may be wrong
+            model = load_hf(CLIPVisionModelWithProjection, name, vision, origin)
         elif kind in ("siglip", "siglip_vision_model"):
-            model = SiglipVisionModel.from_pretrained(name, dtype=torch.float32)
+            model = load_hf(SiglipVisionModel, name, vision, origin)
         else:
             raise ConfigError(f"'{origin}' is a '{kind}'; of transformers' models, CLIP and SigLIP vision towers are taken")
     except OSError as error:
         raise DataError(
             f"encoder '{origin}' cannot be had: {str(error).splitlines()[0]}. Give a folder, or fetch it where there is a network"
         ) from error
-    model.eval()
-    vision = getattr(config, "vision_config", config)
     spec = ImageSpec(size=vision.image_size, **spec_values)
     encoder = _hf_clip(model, vision, spec, origin) if kind.startswith("clip") else _hf_siglip(model, vision, spec, origin)
+    encoder.config.text_tower = origin if kind in ("clip", "siglip") else None  # a whole model has its text tower beside it
     _assert_equal(encoder, lambda images: _hf_embedding(model, images), origin)
     return encoder
+
+
+def load_hf(kind: Any, name: str, config: Any, origin: str) -> Any:
+    """Load a transformers model whole: it would fill tensors that the file lacks, or has in another shape, with random numbers.
+
+    Raises:
+        DataError: There are such tensors; the message names them.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # it warns of every tensor of the text tower, which is not asked for
+    try:
+        model, found = kind.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+    missing = sorted(found["missing_keys"])
+    other = [f"{key} is {list(has)}, should be {list(wants)}" for key, has, wants in sorted(found["mismatched_keys"])]
+    if missing or other:
+        lines = [f"{len(missing)} tensors are missing: {', '.join(missing[:4])}"] * bool(missing)
+        lines += [f"{len(other)} have another shape: {', '.join(other[:4])}"] * bool(other)
+        raise DataError(f"'{origin}' does not hold a whole {kind.__name__}: {'; '.join(lines)}")
+    return model.eval()
 
 
 def _hf_embedding(model: Any, images: Tensor) -> Tensor:

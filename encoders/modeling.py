@@ -36,7 +36,8 @@ class VisionEncoderConfig(PreTrainedConfig):
         model_args: Keyword arguments for it. `num_classes` is E and stays away, but for a 0: attention pooling itself ends in the space.
         image_spec: size, mean, std, interpolation, resize, crop_pct: the fields of `mmkit.images.ImageSpec`.
         joint_width: E, channels of the joint image-text space; None where the network was never tied to text.
-        text_tower: The text tower that shares this space ("mini-clip", "openclip:ViT-B-16/openai"), if any.
+        text_tower: The text tower that shares this space ("mini-clip", "openclip:ViT-B-16/openai"; "./text_tower": in the same folder), if
+            any.
         origin: Where the weights came from, for the table printed at every start.
         training: How they were made: objective, teacher, kept patches, step.
         hidden_size, num_hidden_layers, image_size, patch_size: Read off the network; LLaVA's configuration wants them.
@@ -297,6 +298,10 @@ def build_network(architecture: str, model_args: dict[str, Any], joint_width: in
     """
     if model_args.get("patch_drop_rate"):
         raise ValueError("patch_drop_rate is not for model_args: patches are dropped by `tokens(images, keep)`")
+    if nothing := [key for key, value in model_args.items() if value is None]:
+        raise ValueError(
+            f"model_args: {', '.join(nothing)} is none, and timm ignores arguments that are none: leave it out, or give a value"
+        )
     args: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     # SigLIP has a joint space and no head: its attention pooling ends in it
     headless = joint_width is None or (args.get("num_classes") == 0)
@@ -307,6 +312,8 @@ def build_network(architecture: str, model_args: dict[str, Any], joint_width: in
         raise ValueError(f"timm {timm.__version__} cannot build '{architecture}' with {args}: {error}") from error
     if not isinstance(network, VisionTransformer | Eva):
         raise ValueError(f"'{architecture}' is a {type(network).__name__}; a VisionEncoder wants tokens: a VisionTransformer or an Eva")
+    if hasattr(network, "head_dist"):
+        raise ValueError(f"'{architecture}' averages two heads on two tokens; no single token is its embedding")
     return network
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from encoders.architectures import register_folder_entry
+from encoders.text_folder import TEXT_CONFIG, TEXT_FOLDER, read_text_folder
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.trainable import freeze
 
@@ -84,7 +86,8 @@ def load_text_tower(name: str) -> TextTower:
 
     Args:
         name: "mini-clip" (inside this package), "openclip:MODEL/TAG", or a folder with `open_clip_config.json` (with or without
-            "openclip:" in front), such as `train_contrastive.py` writes.
+            "openclip:" in front), such as `train_contrastive.py` writes; an encoder folder that carries its text tower; or "hf:NAME", a
+            CLIP or SigLIP of transformers.
 
     Raises:
         NameNotFound: Nothing of this name; the message says what there is.
@@ -99,6 +102,13 @@ def load_text_tower(name: str) -> TextTower:
     bare = name.removeprefix("openclip:").removeprefix("local-dir:")
     if (Path(bare) / "open_clip_config.json").is_file():
         return _from_folder(Path(bare), name)
+    for folder in (Path(bare), Path(bare) / TEXT_FOLDER):
+        if (folder / TEXT_CONFIG).is_file():
+            return TextTower(*read_text_folder(folder), name)
+    if name.startswith("hf:"):
+        from encoders.hf_text import read_hf_text  # here, since it imports foreign.py, which imports this file
+
+        return TextTower(*read_hf_text(name.removeprefix("hf:")), name)
     if name.startswith("openclip:"):
         return _from_open_clip(bare, name)
     raise NameNotFound(
@@ -108,6 +118,7 @@ def load_text_tower(name: str) -> TextTower:
 
 
 def _from_folder(folder: Path, name: str) -> TextTower:
+    register_folder_entry(folder)
     with quiet_open_clip():
         clip = open_clip.create_model(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

@@ -32,6 +32,7 @@ from mmkit.report_data import RunData, read_runs
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 320  # pixels of an example's longer side
+SHEET = 1600  # pixels of the longer side of a sheet of maps
 TITLES = {
     "mini_zeroshot": "Zero-shot naming",
     "mini_vqa": "Questions about pictures",
@@ -95,6 +96,7 @@ def build(data: RunData, title: str = "") -> tuple[dict[str, Any], dict[str, str
             pictures[row["picture"]] = data_url(row.pop("image"))
         except ImageError as error:
             data.notes.append(f"an example picture cannot be shown: {error}")
+    maps = shown_maps(data, pictures)
     report = {
         "title": title or "Which encoder makes the better multimodal model?",
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -107,12 +109,27 @@ def build(data: RunData, title: str = "") -> tuple[dict[str, Any], dict[str, str
         "kinds": report_compare.kinds(data),
         "curves": report_charts.curves(data),
         "examples": shown,
+        "maps": maps,
         "cards": {name: flat(card) for name, card in data.cards.items()},
         "manifests": data.manifests,
         "versions": merge_versions(data),
         "notes": data.notes,
     }
     return report, pictures
+
+
+def shown_maps(data: RunData, pictures: dict[str, str]) -> list[dict[str, Any]]:
+    """Put the sheets of maps among the pictures; gives what the page says of each."""
+    rows = []
+    for row in data.maps:
+        key = f"{row['folder']}/{row['file'].name}"
+        try:
+            pictures[key] = data_url(row["file"], SHEET)
+        except ImageError as error:
+            data.notes.append(f"a sheet of maps cannot be shown: {error}")
+            continue
+        rows.append({**{name: row.get(name, "") for name in ("encoder", "kind", "image", "caption")}, "picture": key})
+    return rows
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
@@ -141,12 +158,12 @@ def merge_versions(data: RunData) -> dict[str, list[str]]:
     return merged
 
 
-def data_url(path: Path) -> str:
-    """A picture, at most THUMBNAIL pixels long, as a data URL; PNG where it is small, JPEG else."""
+def data_url(path: Path, longest: int = THUMBNAIL) -> str:
+    """A picture, at most `longest` pixels long, as a data URL; PNG where it is small enough, JPEG else."""
     image = open_image(path)
-    small = max(image.size) <= THUMBNAIL
+    small = max(image.size) <= longest
     if not small:
-        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"

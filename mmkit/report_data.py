@@ -1,7 +1,8 @@
 """Reading run folders for the report: evaluations, encoder cards, training logs, manifests. Nothing is computed here.
 
 Known by their files, not by their place: a `summary.json` is an evaluation (its encoder is the folder above it), a `metrics.jsonl` a
-training, a `manifest.json` says what made its folder, a `config.json` with an `image_spec` is an encoder.
+training, a `manifest.json` says what made its folder, a `config.json` with an `image_spec` is an encoder, a `maps.json` lists pictures of
+what an encoder looks at.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class RunData:
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     trainings: list[Training] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
+    maps: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -123,9 +125,14 @@ def read_runs(roots: Sequence[Path]) -> RunData:
                 data.manifests.append(_manifest(path, root, f"{prefix}{path.parent.relative_to(root).as_posix()}"))
             elif path.name == "config.json":
                 _add_card(data, path, prefix)
-    if not data.evaluations and not data.trainings:
+            elif path.name == "maps.json":
+                _add_maps(data, path, f"{prefix}{path.parent.relative_to(root).as_posix()}")
+    if not data.evaluations and not data.trainings and not data.maps:
         places = ", ".join(str(root) for root in roots)
-        raise DataError(f"nothing to report in {places}: no summary.json of an evaluation and no metrics.jsonl of a training below it")
+        raise DataError(
+            f"nothing to report in {places}: no summary.json of an evaluation, no metrics.jsonl of a training and no maps.json of an "
+            "inspection below it"
+        )
     if several and len({e.encoder.split("/", 1)[1] for e in data.evaluations}) == len(data.encoders):
         _shorten(data)
     return data
@@ -245,6 +252,16 @@ def _add_training(data: RunData, path: Path, name: str) -> None:
         data.trainings.append(Training(name, columns))
     else:
         data.notes.append(f"{name}/metrics.jsonl holds no numbers to draw")
+
+
+def _add_maps(data: RunData, path: Path, folder: str) -> None:
+    content = _json(path)
+    rows = content.get("pictures") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"file", "caption"} <= set(row) for row in rows):
+        raise DataError(f"{path} is no list of maps: `pictures`, each with file and caption, was expected (`mmkit inspect` writes it)")
+    for row in rows:
+        file = path.parent / Path(str(row["file"])).name  # beside its list, whatever it says
+        data.maps.append({**row, "encoder": str(content.get("encoder", "")), "folder": folder, "file": file})
 
 
 def _manifest(path: Path, root: Path, folder: str) -> dict[str, Any]:
