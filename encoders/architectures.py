@@ -17,6 +17,7 @@ from torch import nn
 # The plain ViT behind `vit_mini_patch16_96`: a stock timm entry and the arguments that make it small, for whoever has timm alone.
 MINI_VIT_ENTRY = "vit_tiny_patch16_224"
 MINI_VIT_ARGS: dict[str, Any] = {"img_size": 96, "patch_size": 16, "embed_dim": 192, "depth": 8, "num_heads": 3}
+NO_SHAPE = ("global_pool", "num_classes", "head_init_scale")  # arguments that open_clip passes itself, or that weights make void
 _HUB_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm.create_model hands these to every entry
 
 
@@ -40,7 +41,7 @@ def entry_name(architecture: str, args: dict[str, Any]) -> str:
     return f"{architecture}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-def register_entry(name: str, architecture: str, args: dict[str, Any]) -> None:
+def register_entry(name: str, architecture: str, model_args: dict[str, Any]) -> None:
     """Let `timm.create_model(name)` build a stock entry with arguments. A name that is taken already stays as it is."""
     if is_model(name):
         return
@@ -50,20 +51,40 @@ def register_entry(name: str, architecture: str, args: dict[str, Any]) -> None:
             raise ValueError(f"{name} has no weights of its own; they belong to the model whose folder names it")
         for hub in _HUB_ARGUMENTS:
             kwargs.pop(hub, None)
-        return timm.create_model(architecture, **{**args, **kwargs})
+        return timm.create_model(architecture, **{**model_args, **kwargs})
 
     entry.__name__ = name
     register_model(entry)
 
 
+def own_entry(architecture: str, model_args: dict[str, Any]) -> dict[str, Any] | None:
+    """Register a stock entry with arguments; None where no argument changes the network's shape, so that the stock entry will do.
+
+    Args:
+        architecture: A timm entry.
+        model_args: Its arguments; those that open_clip passes itself, or that weights make void, do not count.
+
+    Returns:
+        "name", "architecture" and "model_args": what `register_folder_entry` reads in the configuration of an open_clip folder.
+    """
+    args = {key: value for key, value in model_args.items() if key not in NO_SHAPE}
+    if not args:
+        return None
+    name = entry_name(architecture, args)
+    register_entry(name, architecture, args)
+    return {"name": name, "architecture": architecture, "model_args": args}
+
+
 def register_folder_entry(folder: Path) -> None:
     """Register the timm entry that an open_clip folder of this kit's names in its configuration, if it names one."""
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    entry = config.get("mmkit", {}).get("timm_entry")
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever loads the folder says what is wrong with it
+    entry = config.get("mmkit", {}).get("timm_entry") if isinstance(config, dict) else None
     if entry:
-        register_entry(
-            entry["name"], entry["architecture"], {k: tuple(v) if isinstance(v, list) else v for k, v in entry["model_args"].items()}
-        )
+        args = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["model_args"].items()}
+        register_entry(entry["name"], entry["architecture"], args)
 
 
 ENTRY_SCRIPT = '''"""Tells timm the image tower of this folder's model. Run it before open_clip loads the folder (mmkit does so by itself):
@@ -86,6 +107,6 @@ _model_entrypoints[{name!r}] = entry
 ENTRY_FILE = "timm_entry.py"
 
 
-def entry_script(name: str, architecture: str, args: dict[str, Any]) -> str:
+def entry_script(name: str, architecture: str, model_args: dict[str, Any]) -> str:
     """Write the few lines that register an entry where mmkit is not installed: they need timm alone."""
-    return ENTRY_SCRIPT.format(name=name, architecture=architecture, args=args, hub=_HUB_ARGUMENTS, file=ENTRY_FILE)
+    return ENTRY_SCRIPT.format(name=name, architecture=architecture, args=model_args, hub=_HUB_ARGUMENTS, file=ENTRY_FILE)

@@ -10,12 +10,15 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import get_model_config
+from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from encoders.architectures import register_folder_entry
-from encoders.text import END_ID, quiet_open_clip, word_tokenizer
-from mmkit.checkpoint import atomic_write, save_weights
+from encoders.architectures import ENTRY_FILE, entry_script, own_entry, register_folder_entry
+from encoders.catalog import load_encoder
+from encoders.modeling import VisionEncoderConfig
+from encoders.text import END_ID, MINI_CLIP, quiet_open_clip, word_tokenizer
+from mmkit.checkpoint import atomic_write, load_strict, save_weights
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.images import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageSpec
 
@@ -50,6 +53,9 @@ class ClipParts:
         model_config: open_clip's `model_cfg`.
         spec: How pictures are prepared for it.
         origin: Where its weights came from.
+        text_origin: Where the text tower's came from, if from elsewhere.
+        encoder: The image tower's own configuration, if it came from an encoder folder.
+        entry: What `own_entry` gave, where the image tower is no stock timm entry.
     """
 
     model: nn.Module
@@ -57,6 +63,9 @@ class ClipParts:
     model_config: dict[str, Any]
     spec: ImageSpec
     origin: str
+    text_origin: str = ""
+    encoder: VisionEncoderConfig | None = None
+    entry: dict[str, Any] | None = None
 
 
 def tokenizer_of(hf_tokenizer: PreTrainedTokenizerBase, context_length: int) -> Callable[[list[str]], Tensor]:
@@ -148,7 +157,53 @@ def _from_folder(folder: Path) -> ClipParts:
     with quiet_open_clip():
         clip = open_clip.create_model(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    return ClipParts(clip, tokenizer, _read_model_config(folder / CONFIG_NAME), spec_of(clip), str(folder))
+    about = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("mmkit", {})
+    config = _read_model_config(folder / CONFIG_NAME)
+    return ClipParts(clip, tokenizer, config, spec_of(clip), str(folder), entry=about.get("timm_entry"))
+
+
+def clip_from_encoder(source: str, text_tower: str = "") -> ClipParts:
+    """Join an image tower and a text tower of the same joint space: a UTA student and its teacher's text tower.
+
+    Args:
+        source: What `load_encoder` takes; an encoder folder, say.
+        text_tower: "mini-clip", "openclip:MODEL/TAG", or a folder; "" is the one that the encoder names.
+
+    Raises:
+        ConfigError: The encoder has no joint space or names no text tower, or the spaces differ in width.
+        NameNotFound, DataError: One of them cannot be had.
+    """
+    encoder = load_encoder(source).float()
+    name = text_tower or encoder.config.text_tower or ""
+    if encoder.joint_width is None or not name:
+        lack = "has no joint image-text space" if encoder.joint_width is None else "names no text tower"
+        raise ConfigError(f"--encoder {source} {lack}; train one with UTA, or name the text tower of its space: --encoder_text mini-clip")
+    bare = name.removeprefix("openclip:")
+    if name != "mini-clip" and "/" not in bare and not Path(bare).is_dir():
+        raise ConfigError(f"--encoder_text {name}: a text tower has weights; mini-clip, openclip:MODEL/TAG or a folder is right")
+    parts = build_clip(str(MINI_CLIP) if name == "mini-clip" else bare, lambda: [], Path())
+    clip: Any = parts.model
+    with torch.no_grad():
+        width = int(clip.encode_text(parts.tokenizer(["a"])).shape[1])
+    if width != encoder.joint_width:
+        raise ConfigError(
+            f"--encoder {source} has joint width {encoder.joint_width}, text tower {name} has {width}: they belong to different spaces"
+        )
+    network: Any = encoder.network
+    args = dict(encoder.config.model_args or {})
+    entry = own_entry(encoder.config.architecture, args)
+    vision = {
+        "image_size": encoder.spec.size,
+        "timm_model_name": entry["name"] if entry else encoder.config.architecture,
+        "timm_pool": network.global_pool,
+        "timm_proj": "none" if args.get("num_classes") == 0 else "",  # attention pooling itself ends in the joint space
+    }
+    with quiet_open_clip():
+        visual = TimmModel(vision["timm_model_name"], width, encoder.spec.size, vision["timm_pool"], vision["timm_proj"])
+    load_strict(visual.trunk, network.state_dict(), source)
+    clip.visual = visual
+    config = {**parts.model_config, "embed_dim": width, "vision_cfg": vision}
+    return ClipParts(clip, parts.tokenizer, config, encoder.spec, source, name, encoder.config, entry)
 
 
 def spec_of(clip: nn.Module) -> ImageSpec:
@@ -177,6 +232,9 @@ def export_clip(folder: Path, parts: ClipParts, about: dict[str, Any], half: boo
         "size": [spec.size, spec.size], "mode": "RGB", "mean": list(spec.mean), "std": list(spec.std),
         "interpolation": spec.interpolation, "resize_mode": mode, "fill_color": 0,
     }  # fmt: skip
+    if parts.entry:
+        about = {**about, "timm_entry": parts.entry}
+        atomic_write(folder / ENTRY_FILE, entry_script(**parts.entry))
     content = {"model_cfg": parts.model_config, "preprocess_cfg": preprocess, "mmkit": about}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.model.state_dict().items()}
     if half:

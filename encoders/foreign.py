@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from encoders.architectures import (
-    register_folder_entry,
-)  # importing it registers mini-clip's tower with timm, by whose name open_clip builds it
+from encoders.architectures import register_folder_entry  # the import registers mini-clip's tower too, by whose name open_clip builds it
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from encoders.text import quiet_open_clip
 from mmkit.checkpoint import load_strict

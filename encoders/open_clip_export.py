@@ -11,17 +11,16 @@ import torch
 from open_clip.factory import get_model_config
 from torch import Tensor
 
-from encoders.architectures import ENTRY_FILE, entry_name, entry_script, register_entry
+from encoders.architectures import NO_SHAPE, own_entry
 from encoders.clip_models import ClipParts, export_clip
 from encoders.foreign import network_args
 from encoders.modeling import VisionEncoder
 from encoders.text import MINI_CLIP, TextTower, quiet_open_clip
 from encoders.text_folder import TEXT_CONFIG, read_text_config
-from mmkit.checkpoint import atomic_write, load_strict
+from mmkit.checkpoint import load_strict
 from mmkit.errors import ConfigError
 
 SCALE_AT_TEST = math.log(100)  # what CLIP models end at; logits are 100 times the cosine
-NO_SHAPE = ("global_pool", "num_classes", "head_init_scale")  # arguments that open_clip passes itself, or that weights make void
 TOLERANCE = 1e-4
 
 
@@ -56,10 +55,8 @@ def export_open_clip(encoder: VisionEncoder, tower: TextTower, folder: Path) -> 
     load_strict(clip, {name: tensor.float() for name, tensor in state.items()}, f"encoder '{encoder.config.origin}' as an open_clip model")
     _assert_same(encoder, clip)
     about: dict[str, Any] = {"templates": tower.templates, "origin": encoder.config.origin, "text_tower": tower.name}
-    if entry:
-        about["timm_entry"] = entry
-        atomic_write(folder / ENTRY_FILE, entry_script(entry["name"], entry["architecture"], entry["model_args"]))
-    export_clip(folder, ClipParts(clip, tower.tokenizer, config, encoder.spec, encoder.config.origin), about, half=False)
+    parts = ClipParts(clip, tower.tokenizer, config, encoder.spec, encoder.config.origin, entry=entry)
+    export_clip(folder, parts, about, half=False)
 
 
 def text_model_config(name: str) -> dict[str, Any]:
@@ -87,12 +84,14 @@ def _vision_config(encoder: VisionEncoder) -> tuple[dict[str, Any], dict[str, An
     args = {key: value for key, value in (config.model_args or {}).items() if key not in NO_SHAPE}
     with torch.device("meta"):
         stock = network_args(timm.create_model(config.architecture, num_classes=network.num_classes, global_pool=network.global_pool))
-    name, entry = config.architecture, None
+    entry = None
     if any(stock.get(key) != value for key, value in args.items()):
-        name = entry_name(config.architecture, args)
-        entry = {"name": name, "architecture": config.architecture, "model_args": args}
-        register_entry(name, config.architecture, args)
-    vision = {"image_size": encoder.spec.size, "timm_model_name": name, "timm_pool": network.global_pool}
+        entry = own_entry(config.architecture, args)
+    vision = {
+        "image_size": encoder.spec.size,
+        "timm_model_name": entry["name"] if entry else config.architecture,
+        "timm_pool": network.global_pool,
+    }
     return {**vision, "timm_proj": "none" if headless else None}, entry
 
 

@@ -1,23 +1,44 @@
-"""Image-caption pairs: drawn on the fly from the embedded world, or read from COCO captions, a JSON list, or a folder."""
+"""Image-caption pairs: drawn on the fly from the embedded world, or read from COCO captions, a JSON list, a folder, or shards."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from encoders.image_data import SUFFIXES, open_sample
+from encoders.masking import Masks
+from encoders.shards import SKIP_HINT, OnBad, Sample, Shards
 from mmkit.batches import derive_seed
 from mmkit.errors import DataError
-from mmkit.images import ImageError, ImageSpec, open_image
+from mmkit.images import ImageSpec, open_image
 from mmkit.minidata import names as mini_names
 from mmkit.minidata import world
+from mmkit.records import read_jsonl
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+CAPTION_EXTENSIONS = ("txt", "json")
 Pair = tuple[Tensor, str]
+
+
+class Pairs(Protocol):
+    """What a contrastive training reads: as many pairs as `len` says, each a function of (epoch, index)."""
+
+    def __len__(self) -> int: ...
+
+    def caption(self, epoch: int, index: int) -> str:
+        """Give the caption alone."""
+        ...
+
+    def get(self, epoch: int, index: int) -> Pair:
+        """Give a picture uint8 [3, S, S] and its caption."""
+        ...
 
 
 class DrawnPairs:
@@ -59,62 +80,191 @@ class DrawnPairs:
         return scene, caption(scene, rng)
 
 
-class CaptionedImages:
-    """Pairs from files. An image with several captions shows another one each epoch."""
+class FilePairs:
+    """What pairs from files have in common: crops as bytes, and what becomes of bad ones. Subclasses say `__len__`, `caption`, `_open`, `_name`.
+
+    Args:
+        spec: Size of a picture, and how it is resized.
+        seed: Seeds crops, by (seed, epoch, index).
+        training: Random crops; else the spec's own fixed way.
+        on_bad_sample: "error" stops at a pair that cannot be read; "skip" lists it and takes the next good one in its place, so that all
+            ranks have as many pairs.
+        bad_list: Where "skip" writes down what it left out, a JSON line a pair. A file, since workers have no other way to tell.
+        scale: Share of the area a random crop covers, from and to. Captions may say where things are: there is no flip.
+    """
 
     def __init__(
         self,
-        records: Sequence[tuple[Path, tuple[str, ...]]],
         spec: ImageSpec,
         seed: int,
         training: bool = True,
-        on_bad_sample: str = "error",
+        on_bad_sample: OnBad = "error",
+        bad_list: Path | None = None,
+        scale: tuple[float, float] = (0.6, 1.0),
     ) -> None:
-        """Keep the records; images are opened when asked for.
+        self.spec, self.seed, self.training, self.scale = spec, seed, training, scale
+        self.on_bad_sample, self.bad_list = on_bad_sample, bad_list
+        self.bad: dict[str, str] = {}
 
-        Args:
-            records: Image file and its captions, at least one each.
-            spec: How a picture becomes a tensor.
-            seed: Seeds crops, flips and the choice of captions, by (seed, epoch, index).
-            training: Random crops.
-            on_bad_sample: "error" stops at an unreadable image; "skip" lists it in `bad` and takes the next good one in its place.
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def caption(self, epoch: int, index: int) -> str:
+        """Give the caption this pair has in this epoch."""
+        raise NotImplementedError
+
+    def _open(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def _name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def get(self, epoch: int, index: int) -> Pair:
+        """Give a picture uint8 [3, S, S] and its caption.
+
+        Raises:
+            DataError: The pair cannot be read and `on_bad_sample` is "error", or no pair of the set can be read.
         """
+        for offset in range(len(self)):
+            place = (index + offset) % len(self)
+            try:
+                picture, caption = self._open(place), self.caption(epoch, place)
+            except DataError as error:
+                if self.on_bad_sample != "skip":
+                    raise type(error)(f"{error}{SKIP_HINT}") from error
+                self.note(self._name(place), str(error))
+                continue
+            return torch.from_numpy(np.array(self._crop(picture, epoch, place))).permute(2, 0, 1), caption
+        raise DataError(f"none of {len(self)} pairs can be read; the first: {next(iter(self.bad.values()))}")
+
+    def _crop(self, picture: Image.Image, epoch: int, place: int) -> Image.Image:
+        if not self.training:
+            return self.spec.fit(picture)
+        return self.spec.random_crop(picture, random.Random(derive_seed(self.seed, epoch, place)), scale=self.scale, flip=0.0)
+
+    def note(self, name: str, fault: str) -> None:
+        """List a bad pair, once in each process."""
+        if name in self.bad:
+            return
+        self.bad[name] = fault
+        if self.bad_list is not None:
+            with open(self.bad_list, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"pair": name, "error": fault}) + "\n")
+
+    def bad_samples(self) -> dict[str, str]:
+        """Give what was left out so far by all processes (and earlier parts of a resumed run): name and why."""
+        if self.bad_list is None or not self.bad_list.is_file():
+            return dict(self.bad)
+        return {row["pair"]: row["error"] for row in read_jsonl(self.bad_list)}
+
+
+class CaptionedImages(FilePairs):
+    """Pairs of image files. An image with several captions shows another one each epoch.
+
+    Args:
+        records: Image file and its captions, at least one each.
+        spec, seed, more: As in `FilePairs`.
+    """
+
+    def __init__(self, records: Sequence[tuple[Path, tuple[str, ...]]], spec: ImageSpec, seed: int, **more: Any) -> None:
+        super().__init__(spec, seed, **more)
         if not records:
             raise DataError("there are no image-caption pairs")
-        self.records, self.seed, self.on_bad_sample = list(records), seed, on_bad_sample
-        self.spec, self.training = spec, training
-        self.bad: dict[str, str] = {}
+        self.records = list(records)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def caption(self, epoch: int, index: int) -> str:
-        """The caption this pair has in this epoch."""
         captions = self.records[index][1]
         return captions[(epoch + index) % len(captions)]
 
-    def get(self, epoch: int, index: int) -> Pair:
-        """Picture float [3, H, W], normalised, and caption.
+    def _open(self, index: int) -> Image.Image:
+        return open_image(self.records[index][0], where=f"pair {index}")
 
-        Raises:
-            ImageError: The image cannot be read and `on_bad_sample` is "error", or no image of the set can be read.
-        """
-        for offset in range(len(self.records)):
-            place = (index + offset) % len(self.records)
-            path = self.records[place][0]
-            try:
-                picture = open_image(path, where=f"pair {place}")
-            except ImageError as error:
-                if self.on_bad_sample != "skip":
-                    raise ImageError(f"{error}\n  --data.on_bad_sample skip leaves such images out, counted") from error
-                self.bad.setdefault(str(path), str(error))
-                continue
-            if not self.training:
-                return self.spec.transform(training=False)(picture), self.caption(epoch, place)
-            generator = random.Random(derive_seed(self.seed, epoch, place))
-            # Captions may say where things are: no flip.
-            return self.spec.training_transform(picture, generator, scale=(0.6, 1.0), flip=0.0), self.caption(epoch, place)
-        raise ImageError(f"none of {len(self.records)} images can be read; the first: {next(iter(self.bad.values()))}")
+    def _name(self, index: int) -> str:
+        return str(self.records[index][0])
+
+
+class ShardPairs(FilePairs):
+    """Pairs of webdataset shards, as DataComp and img2dataset lay them: NAME.jpg and NAME.txt, or a NAME.json with a "caption".
+
+    A .txt is one caption, all of it; a "caption" in a .json may be a list, of which another one is shown each epoch.
+
+    Args:
+        shards: Where the samples are.
+        spec, seed, more: As in `FilePairs`.
+    """
+
+    def __init__(self, shards: Shards, spec: ImageSpec, seed: int, **more: Any) -> None:
+        super().__init__(spec, seed, **more)
+        self.shards = shards
+        self.order = partial(shards.order, seed)
+        if os.environ.get("RANK", "0") == "0":  # all ranks see the same shards
+            for shard, fault in shards.bad.items():
+                self.note(shard, fault)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def caption(self, epoch: int, index: int) -> str:
+        captions = read_captions(self.shards, self.shards[index])
+        return captions[(epoch + index) % len(captions)]
+
+    def _open(self, index: int) -> Image.Image:
+        return open_sample(self.shards, index)
+
+    def _name(self, index: int) -> str:
+        sample = self.shards[index]
+        return f"{sample.shard}/{sample.key}"
+
+
+def read_captions(shards: Shards, sample: Sample) -> tuple[str, ...]:
+    """Read the caption or captions of a sample.
+
+    Raises:
+        DataError: There is none; shard and member are named.
+    """
+    extension = sample.first(CAPTION_EXTENSIONS)
+    if extension is None:
+        there = ", ".join(sample.names.values())
+        wanted = ", ".join(CAPTION_EXTENSIONS)
+        raise DataError(f"sample '{sample.key}' of {sample.shard} has no caption ({wanted}); its members: {there}")
+    place = sample.place(extension)
+    try:
+        text = shards.read(sample, extension).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is no UTF-8 text: {error}") from error
+    if extension == "txt":
+        if not text.strip():
+            raise DataError(f"{place}: the caption is empty")
+        return (text.strip(),)
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is no valid JSON: {error}") from error
+    found = row.get("caption") if isinstance(row, Mapping) else None
+    captions = (found,) if isinstance(found, str) else tuple(found) if isinstance(found, list) else ()
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise DataError(f"{place}: 'caption' (text, or a list of texts) was expected, got {row!r:.80}")
+    return tuple(caption.strip() for caption in captions)
+
+
+class MaskedPairs:
+    """Pairs with the patches that the image tower is to see, a function of (seed, epoch, index) as the pairs are."""
+
+    def __init__(self, pairs: Pairs, masks: Masks) -> None:
+        self.pairs, self.masks = pairs, masks
+        if hasattr(pairs, "order"):
+            self.order = pairs.order
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def get(self, epoch: int, index: int) -> tuple[Tensor, str, Tensor]:
+        """Give a picture uint8 [3, S, S], its caption, and the kept patches [K]."""
+        image, caption = self.pairs.get(epoch, index)
+        return image, caption, self.masks.keep(epoch, index)[0]
 
 
 def read_pairs(source: str, image_root: str = "") -> list[tuple[Path, tuple[str, ...]]]:
@@ -193,20 +343,26 @@ def _list_pair(path: Path, number: int, row: Any, root: Path) -> tuple[Path, tup
     return root / image, tuple(text.strip() for text in captions)
 
 
-def collate_pairs(tokenizer: Callable[[list[str]], Tensor]) -> Callable[[Sequence[Pair]], dict[str, Tensor]]:
-    """Make the function that turns pairs into {"images" [B, 3, H, W], "text_ids" [B, context]}."""
+def collate_pairs(tokenizer: Callable[[list[str]], Tensor]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Make the function that turns pairs into {"images" [B, 3, S, S], "text_ids" [B, context]}, and "keep" [B, K] where they are masked."""
 
-    def collate(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        return {"images": torch.stack([image for image, _ in pairs]), "text_ids": tokenizer([caption for _, caption in pairs])}
+    def collate(pairs: Sequence[Any]) -> dict[str, Tensor]:
+        images, captions, *keep = zip(*pairs, strict=True)
+        batch = {"images": torch.stack(images), "text_ids": tokenizer(list(captions))}
+        return {**batch, "keep": torch.stack(keep[0])} if keep else batch
 
     return collate
 
 
-def sample_captions(dataset: DrawnPairs | CaptionedImages, most: int = 20_000) -> Iterator[str]:
-    """Captions to make a tokenizer from: all of a small set, or evenly spread ones of a large set."""
+def sample_captions(dataset: Pairs, most: int = 20_000) -> Iterator[str]:
+    """Captions to make a tokenizer from: all of a small set, or evenly spread ones of a large set. Bad ones are not for here to report."""
     step = max(1, len(dataset) // most)
     for index in range(0, len(dataset), step):
-        yield dataset.caption(0, index)
+        try:
+            yield dataset.caption(0, index)
+        except DataError:
+            if getattr(dataset, "on_bad_sample", "error") != "skip":
+                raise
 
 
 def held_out_drawings(seed: int, views: int) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,18 +1,25 @@
 """Train an image and a text tower together, as CLIP: each picture must find its caption in the batch, each caption its picture.
 
     python encoders/train_contrastive.py --recipe mini_clip --output_dir runs/mini_clip
-    torchrun --nproc_per_node 8 encoders/train_contrastive.py --model ViT-B-16 --data.source captions.json --data.image_root train2017 ...
+    mmkit train contrastive --recipe mini_contrastive_uta --encoder runs/uta/encoder --output_dir runs/uta_clip
+    torchrun --nproc_per_node 8 encoders/train_contrastive.py --recipe contrastive_uta_b16 --encoder runs/uta_b16/encoder \\
+        --data.source "datacomp/{00000..12895}.tar" --output_dir runs/uta_b16_clip
+    accelerate launch --multi_gpu --num_processes 8 encoders/train_contrastive.py ...
 
-The run folder then holds `clip/` (an open_clip model) and `encoder/` (the image tower as a VisionEncoder folder).
+(On processors alone accelerate starts several processes with --multi_gpu too; --cpu or --use_cpu with --num_processes starts only one.)
 
-Source: Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021). Departure: captions that occur twice
-in a batch are not each other's negatives.
+The towers start from nothing, from an open_clip model, or from an encoder folder and the text tower of its joint space (`--encoder`), as
+when a UTA student is fine-tuned. The run folder then holds `clip/` (an open_clip model) and `encoder/` (the image tower as a VisionEncoder
+folder). Negatives are all other pairs of the step: those of all ranks, and of all micro-batches when gradients are accumulated.
+
+Source: Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021); the fine-tuning is UTA's, section 3;
+masked pictures are FLIP's (Li et al., 2022). Departure: captions that occur twice in a step are not each other's negatives.
 """
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +28,35 @@ if __package__ in (None, ""):  # started as a file: its folder is on sys.path, t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from timm.optim import Lamb
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from encoders.clip_models import ClipParts, build_clip, export_clip
-from encoders.pairs import CaptionedImages, DrawnPairs, collate_pairs, held_out_drawings, read_pairs, sample_captions
+from encoders.catalog import load_encoder
+from encoders.clip_models import ClipParts, build_clip, clip_from_encoder, export_clip
+from encoders.clip_towers import install_patch_keeper, lr_scales
+from encoders.contrastive import contrastive_loss, encode_pairs
+from encoders.masking import MaskConfig, Masks
+from encoders.modeling import VisionEncoder
+from encoders.pairs import (
+    CaptionedImages,
+    DrawnPairs,
+    FilePairs,
+    MaskedPairs,
+    Pairs,
+    ShardPairs,
+    collate_pairs,
+    held_out_drawings,
+    read_pairs,
+    sample_captions,
+)
+from encoders.shards import Shards, holds_shards
 from encoders.zeroshot import load_templates, zeroshot_ranks, zeroshot_weights
-from mmkit.checkpoint import atomic_folder, atomic_write
+from mmkit.batches import derive_seed, seed_everything
+from mmkit.checkpoint import atomic_folder, atomic_write, load_strict
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError
+from mmkit.images import ImageSpec, to_images
+from mmkit.launch import read_deepspeed_block
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.records import read_jsonl
 from mmkit.run import Run, RunConfig
@@ -46,14 +71,23 @@ LARGEST_SCALE = math.log(100)
 class DataConfig:
     """Where the pairs come from."""
 
-    source: str = field(default="minidata", metadata={"help": "minidata (drawn on the fly), a captions JSON, or a folder with .txt files"})
+    source: str = field(
+        default="minidata",
+        metadata={"help": "minidata (drawn on the fly), a captions JSON, a folder with .txt files, or shards: DIR/{0000..0099}.tar"},
+    )
     image_root: str = field(default="", metadata={"help": "folder of the images a JSON names; default: the JSON's own"})
     length: int = field(default=100_000, metadata={"help": "minidata: pairs in an epoch"})
     single_share: float = field(default=0.7, metadata={"help": "minidata: share of pictures with one object"})
     plain_share: float = field(default=0.6, metadata={"help": "minidata: of these, the share captioned by the name alone"})
     on_bad_sample: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "an unreadable image: stop, or leave it out, listed"}
+        default="error", metadata={"help": "an unreadable pair or shard: stop, or leave it out, listed"}
     )
+    scale: list[float] = field(default_factory=lambda: [0.6, 1.0], metadata={"help": "files: share of the area a crop covers, from and to"})
+
+    def validate(self) -> None:
+        """Refuse shares that are none."""
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"data.scale is {self.scale}; two shares of the area, from and to, as in [0.6, 1.0], are right")
 
 
 @dataclass
@@ -61,16 +95,23 @@ class ContrastiveConfig:
     """Settings of a contrastive training."""
 
     model: str = field(default="mini-clip-new", metadata={"help": "mini-clip-new, an open_clip JSON, MODEL, MODEL/TAG, or a folder"})
+    encoder: str = field(default="", metadata={"help": "start from this image tower (a UTA run's encoder folder), instead of --model"})
+    encoder_text: str = field(default="", metadata={"help": "and from this text tower; default: the one that the encoder names"})
     text_tower: str = field(default="", metadata={"help": "how the encoder names this text tower; default: the run's clip folder"})
     prompts: str = field(default="mini", metadata={"help": "zero-shot prompts: mini, openai, name or a file"})
+    optimizer: Literal["adamw", "lamb"] = field(default="adamw", metadata={"help": "lamb is for batches of tens of thousands"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     text_lr_factor: float = field(default=1.0, metadata={"help": "the text tower's lr as a share of lr"})
+    layer_decay: float = field(default=1.0, metadata={"help": "image tower: the lr of each block as a share of the next one's; 1 is off"})
+    text_layer_decay: float = field(default=1.0, metadata={"help": "text tower: the same"})
     weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
-    beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta"})
-    eps: float = field(default=1e-6, metadata={"help": "AdamW's epsilon"})
+    beta2: float = field(default=0.98, metadata={"help": "the optimizer's second beta"})
+    eps: float = field(default=1e-6, metadata={"help": "the optimizer's epsilon"})
     warmup: float = field(default=0.05, metadata={"help": "steps, or share of all steps if below 1"})
+    temperature: float | None = field(default=None, metadata={"help": "where the temperature starts; none: where the model has it"})
     train_scale: bool = field(default=True, metadata={"help": "learn the temperature; else it stays where it starts"})
-    chunk: int = field(default=0, metadata={"help": "encode so many pairs at a time, twice: for batches larger than memory; 0 is off"})
+    mask_ratio: float = field(default=0.0, metadata={"help": "share of each picture's patches left out at random, as FLIP does"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice instead of keeping them"})
     eval_every: int = field(default=0, metadata={"help": "minidata: steps between zero-shot checks; 0 is only at the end"})
     eval_views: int = field(default=2, metadata={"help": "minidata: held-out drawings of each name"})
     export_every: int = field(default=0, metadata={"help": "steps between exports; 0 is only at the end"})
@@ -79,102 +120,73 @@ class ContrastiveConfig:
 
     def validate(self) -> None:
         """Refuse what cannot be meant."""
-        if self.run.gradient_accumulation_steps != 1:
-            raise ConfigError(
-                f"run.gradient_accumulation_steps {self.run.gradient_accumulation_steps}: accumulation shrinks the negatives of a "
-                "contrastive loss; give the whole batch as run.micro_batch_size, and --chunk N to encode it N pairs at a time"
-            )
-        if self.run.micro_batch_size < 2:
+        if self.run.micro_batch_size * max(self.run.gradient_accumulation_steps, self.run.global_batch_size) < 2:
             raise ConfigError("run.micro_batch_size 1 has no negatives; 128 is a start")
+        for name in ("layer_decay", "text_layer_decay", "text_lr_factor"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; a factor above 0 and up to 1 (off) is right")
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigError(f"mask_ratio is {self.mask_ratio}; a share from 0 (keep all) to below 1 is right")
+        if self.temperature is not None and not 0.01 <= self.temperature <= 1:
+            raise ConfigError(f"temperature is {self.temperature}; from 0.01, where learnt ones are stopped, to 1 is right")
+        block = read_deepspeed_block(self.run.deepspeed)
+        zero = block.get("zero_optimization")
+        if block and self.optimizer == "lamb":  # its ratio of norms is per tensor, and ZeRO cuts tensors up
+            raise ConfigError("optimizer lamb does not work on DeepSpeed's flat partitions; set run.deepspeed to {} or take adamw")
+        if isinstance(zero, dict) and zero.get("stage") == 3:
+            raise ConfigError(
+                "run.deepspeed ZeRO-3 shards the weights, which the export of an open_clip model needs whole; take stage 1 or 2"
+            )
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tensor, captions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of pictures over captions and of captions over pictures, negatives gathered from all ranks.
+class CachedFeatures:
+    """Gradient accumulation that keeps all negatives: the gradient of the whole step's loss, with one micro-batch's activations at a time.
 
-    Two pairs of a batch with the same caption ("a cat" twice) are right for each other: neither is the other's negative.
+    Before a step all its micro-batches are encoded without a graph, the loss of all of them is taken, and its gradient with respect to each
+    feature is kept. When a micro-batch's turn comes it is encoded again, with the same dropout and the same masks, and sent that gradient.
 
-    Args:
-        image_features: Unit rows of this rank [B, E].
-        text_features: Unit rows of this rank [B, E], in the same order.
-        scale: 1 / temperature, [].
-        captions: Token ids [B, context]; equal rows are equal captions.
-
-    Returns:
-        The mean over both directions and this rank's rows [], and its terms "image_to_text" and "text_to_image" []. The mean of all ranks'
-        losses is the loss of the whole batch in one process, gradients included.
-    """
-    all_images, all_texts, all_captions, offset = _gather(image_features, text_features, captions)  # [G, E], [G, E], [G, context]
-    labels = torch.arange(len(captions), device=captions.device) + offset  # [B]
-    same = (captions[:, None, :] == all_captions[None, :, :]).all(-1)  # [B, G]
-    same.scatter_(1, labels[:, None], False)
-    terms = {}
-    for name, own, others in (("image_to_text", image_features, all_texts), ("text_to_image", text_features, all_images)):
-        logits = scale.float() * own.float() @ others.float().T  # [B, G]
-        terms[name] = F.cross_entropy(logits.masked_fill(same, -math.inf), labels)
-    return (terms["image_to_text"] + terms["text_to_image"]) / 2, terms
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows [B, D] of every rank, in rank order [G, D]; each rank's loss sends its gradient back to the rank whose rows it used.
-
-    What torch.distributed.nn.all_gather does too, here with a single all-reduce in the backward, on every backend.
+    Source: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (Gao et al., 2021).
     """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, rows.contiguous())
-        return torch.cat(everyone)
+    def __init__(self, run: Run, spec: ImageSpec) -> None:
+        self.run, self.spec = run, spec
+        self.loss, self.terms = torch.zeros(()), dict[str, Tensor]()
+        self.gradients: list[tuple[Tensor, Tensor]] = []
+        self.scale_gradient: Tensor | float = 0.0
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a micro-batch of bytes and ids; see `encode_pairs`."""
+        found: tuple[Tensor, Tensor, Tensor] = self.run.forward(
+            encode_pairs, to_images(batch["images"], self.spec), batch["text_ids"], batch.get("keep")
+        )
+        return found
 
+    def look_ahead(self, micro_batches: Iterator[dict[str, Tensor]]) -> None:
+        """Take the loss of a whole step, and its gradients with respect to the features and 1 / temperature."""
+        features, captions = [], []
+        with torch.no_grad():
+            for batch in micro_batches:
+                features.append(self.encode(batch))
+                captions.append(batch["text_ids"])
+        sizes = [len(images) for images, _, _ in features]
+        images, texts = (torch.cat([row[part] for row in features]).requires_grad_() for part in range(2))
+        scale = features[0][2].detach().clone().requires_grad_()
+        loss, terms = contrastive_loss(images, texts, scale, torch.cat(captions))
+        image_gradient, text_gradient, self.scale_gradient = torch.autograd.grad(loss, [images, texts, scale])
+        self.gradients = list(zip(image_gradient.split(sizes), text_gradient.split(sizes), strict=True))
+        self.loss, self.terms = loss.detach(), {name: term.detach() for name, term in terms.items()}
 
-def _gather(images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """All ranks' features (gradients flow back to their ranks) and captions, and where this rank's rows begin."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return images, texts, captions, 0
-    both = torch.cat([images, texts], dim=1).contiguous()  # one exchange instead of two
-    gathered: Tensor = _GatherRows.apply(both)
-    ids = [torch.empty_like(captions) for _ in range(dist.get_world_size())]
-    dist.all_gather(ids, captions.contiguous())
-    return gathered[:, : images.shape[1]], gathered[:, images.shape[1] :], torch.cat(ids), dist.get_rank() * len(images)
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the loss of the step, whose gradient is this micro-batch's part of it.
 
-
-def contrastive_step(clip: nn.Module, images: Tensor, text_ids: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Encode a batch and take its loss.
-
-    Args:
-        clip: open_clip's model.
-        images: Normalised [B, 3, H, W].
-        text_ids: [B, context].
-        chunk: Pairs encoded at a time, and once more in the backward; 0 encodes all at once.
-    """
-    encode_image: Any = clip.encode_image
-    encode_text: Any = clip.encode_text
-    distinct, place = torch.unique(text_ids, dim=0, return_inverse=True)  # a caption that occurs twice is encoded once
-    image_features = F.normalize(_in_chunks(encode_image, images, chunk), dim=-1)
-    text_features = F.normalize(_in_chunks(encode_text, distinct, chunk), dim=-1)[place]
-    logit_scale: Any = clip.logit_scale
-    return contrastive_loss(image_features, text_features, logit_scale.exp(), text_ids)
-
-
-def _in_chunks(encode: Any, inputs: Tensor, chunk: int) -> Tensor:
-    """Apply a tower; with `chunk`, its activations are kept for no more than so many inputs."""
-    if not chunk or len(inputs) <= chunk:
-        return encode(inputs)
-    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in inputs.split(chunk)])
-
-
-def to_images(batch: Tensor, spec: Any) -> Tensor:
-    """Normalise uint8 pictures on the device; floats are normalised already."""
-    if batch.dtype != torch.uint8:
-        return batch
-    mean, std = (torch.tensor(values, device=batch.device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    return (batch.float() / 255 - mean) / std
+        The mean over micro-batches that `Run` takes must be the whole gradient: the features' part is multiplied by their number; the
+        temperature's gradient is the same in each micro-batch already.
+        """
+        images, texts, scale = self.encode(batch)
+        image_gradient, text_gradient = self.gradients.pop(0)
+        part = (images * image_gradient).sum() + (texts * text_gradient).sum()
+        part = self.run.accumulation * part + scale * self.scale_gradient
+        return self.loss + (part - part.detach()), self.terms
 
 
 class HeldOut:
@@ -221,13 +233,21 @@ def export(run: Run, settings: ContrastiveConfig, parts: ClipParts, check: dict[
         atomic_write(folder / "training_log.jsonl", thin_log(run.folder))
     if step < run.steps:
         return
-    from encoders.catalog import load_encoder
-
-    encoder = load_encoder(f"openclip:{run.folder / 'clip'}")
+    encoder = exported_encoder(run.folder / "clip", parts)
     encoder.config.text_tower = settings.text_tower or str(run.folder / "clip")
     encoder.config.training = training
     with atomic_folder(run.folder / "encoder", overwrite=True) as folder:
         encoder.save_pretrained(str(folder))
+
+
+def exported_encoder(folder: Path, parts: ClipParts) -> VisionEncoder:
+    """Give the image tower of an exported CLIP folder: built as the encoder it came from, or read off open_clip's model."""
+    encoder = load_encoder(f"openclip:{folder}") if parts.encoder is None else VisionEncoder(parts.encoder)
+    if parts.encoder is not None:
+        exported: Any = build_clip(str(folder), lambda: [], Path()).model
+        load_strict(encoder.network, exported.visual.trunk.state_dict(), str(folder))
+        encoder.config.origin = f"contrastive, from {parts.origin}"
+    return encoder
 
 
 def thin_log(folder: Path, most: int = 150) -> str:
@@ -238,42 +258,106 @@ def thin_log(folder: Path, most: int = 150) -> str:
     return "".join(json.dumps(row) + "\n" for row in sorted([*rows, *checks], key=lambda row: row["step"]))
 
 
+def open_pairs(settings: ContrastiveConfig, source: Any, spec: ImageSpec, bad_list: Path | None = None) -> Pairs:
+    """Give the pairs of a training.
+
+    Args:
+        source: What `read_source` gave.
+        spec: How pictures are prepared.
+        bad_list: Where pairs that were left out are listed.
+    """
+    c, seed = settings.data, settings.run.seed
+    if source is None:
+        return DrawnPairs(seed, c.length, c.single_share, c.plain_share)
+    low, high = c.scale
+    more: dict[str, Any] = {"on_bad_sample": c.on_bad_sample, "bad_list": bad_list, "scale": (low, high)}
+    return ShardPairs(source, spec, seed, **more) if isinstance(source, Shards) else CaptionedImages(source, spec, seed, **more)
+
+
+def read_source(data: DataConfig) -> Any:
+    """Find the pairs before the run folder is made: it may fail. None for pairs that are drawn.
+
+    Raises:
+        DataError: There is no such file, or it is not what it should be.
+    """
+    if data.source == "minidata":
+        return None
+    if holds_shards(data.source):
+        return Shards(data.source, data.on_bad_sample)
+    return read_pairs(data.source, data.image_root)
+
+
+def build_parts(settings: ContrastiveConfig, source: Any, saved: Path) -> ClipParts:
+    """Build the two towers and set their temperature.
+
+    Args:
+        source: What `read_source` gave; captions for a tokenizer come from it.
+        saved: Where the run keeps a tokenizer of its own.
+
+    Raises:
+        ConfigError: The model takes other pictures than the data has, or patches cannot be left out of it.
+    """
+    if settings.encoder:
+        parts = clip_from_encoder(settings.encoder, settings.encoder_text)
+    else:
+        parts = build_clip(settings.model, lambda: sample_captions(open_pairs(settings, source, ImageSpec())), saved)
+    if source is None and parts.spec.size != 96:
+        name = settings.encoder or settings.model
+        raise ConfigError(f"--model {name} takes {parts.spec.size} pixels, minidata draws 96; give a model of 96, or other data")
+    clip: Any = parts.model
+    if settings.temperature is not None:
+        with torch.no_grad():
+            clip.logit_scale.fill_(-math.log(settings.temperature))
+    clamp_scale(clip)
+    clip.logit_scale.requires_grad_(settings.train_scale)
+    if getattr(clip, "logit_bias", None) is not None:
+        clip.logit_bias.requires_grad_(False)  # a sigmoid loss's; this one has no use for it
+    if settings.gradient_checkpointing:
+        clip.set_grad_checkpointing(True)
+    return parts
+
+
+def build_optimizer(settings: ContrastiveConfig, clip: nn.Module) -> torch.optim.Optimizer:
+    """Group the parameters by layer and tower, and make the optimizer. Call it with the bare model."""
+    scales = lr_scales(clip, settings.layer_decay, settings.text_layer_decay, settings.text_lr_factor)
+    groups = param_groups(clip, settings.lr, settings.weight_decay, lr_scales=scales)
+    if settings.optimizer == "lamb":  # clips the whole gradient's norm to 1 by itself, as in EVA-CLIP, after Run's own clip
+        return Lamb(groups, lr=settings.lr, betas=(0.9, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), eps=settings.eps)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the run folder."""
     settings = load_config(ContrastiveConfig, argv, recipe_dir=RECIPES)
-    drawn = settings.data.source == "minidata"
-    records = [] if drawn else read_pairs(settings.data.source, settings.data.image_root)  # before the folder is made: it may fail
-    run = Run(settings.run, name="contrastive", settings=settings)
-
-    def pairs_for(spec: Any) -> DrawnPairs | CaptionedImages:
-        c = settings.data
-        if drawn:
-            return DrawnPairs(settings.run.seed, c.length, c.single_share, c.plain_share)
-        return CaptionedImages(records, spec, settings.run.seed, True, c.on_bad_sample)
-
-    saved = run.folder / "tokenizer"
-    parts = build_clip(settings.model, lambda: sample_captions(pairs_for(None) if drawn else _captions_only(records)), saved)
-    if drawn and parts.spec.size != 96:
-        raise ConfigError(f"--model {settings.model} takes {parts.spec.size} pixels, minidata draws 96; give a model of 96, or other data")
-    _keep_tokenizer(run, parts, saved)
+    source = read_source(settings.data)  # this and the towers before the run folder is made: they may fail
+    saved = Path(settings.run.output_dir) / "tokenizer"
+    seed_everything(derive_seed(settings.run.seed))
+    parts = build_parts(settings, source, saved)
     clip: Any = parts.model
-    clip.logit_scale.requires_grad_(settings.train_scale)
-    dataset = pairs_for(parts.spec)
-    text = {name for name, _ in clip.named_parameters() if not name.startswith("visual.") and name != "logit_scale"}
-    factor = {name: settings.lr * settings.text_lr_factor for name in text} if settings.text_lr_factor != 1 else {}
-    groups = param_groups(clip, settings.lr, settings.weight_decay, lr_by_pattern=factor)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), eps=settings.eps)
-    run.print(trainable_table(clip, {"image tower": clip.visual}, {"image tower": parts.origin, "(rest)": parts.origin}))
+    masks = MaskConfig("random", settings.mask_ratio) if settings.mask_ratio else None
+    grid = install_patch_keeper(clip) if masks else (0, 0)
+    optimizer = build_optimizer(settings, clip)
+    run = Run(settings.run, name="contrastive", settings=settings)
+    _keep_tokenizer(run, parts, saved)
+    pairs = open_pairs(settings, source, parts.spec, run.folder / "bad_samples.jsonl")
+    dataset: Any = MaskedPairs(pairs, Masks(masks, grid, settings.run.seed)) if masks else pairs
+    origins = {"image tower": parts.origin, "(rest)": parts.text_origin or parts.origin}
+    run.print(trainable_table(clip, {"image tower": clip.visual}, origins))
+    rates = sorted(group["lr"] for group in optimizer.param_groups)
+    run.print(f"{settings.optimizer}: {len(rates)} groups, peak lr {rates[0]:.3g} to {rates[-1]:.3g}; {len(dataset)} pairs")
     run.prepare(clip, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup))
-    held_out = HeldOut(settings, parts.spec) if drawn and run.is_main else None
+    held_out = HeldOut(settings, parts.spec) if source is None and run.is_main else None
+    cached = CachedFeatures(run, parts.spec)
+    whole = run.accumulation == 1
     check: dict[str, float] | None = None
-    for batch in run.batches(dataset, collate_pairs(parts.tokenizer)):
-        with torch.no_grad():
-            clip.logit_scale.clamp_(0, LARGEST_SCALE)
-        loss, terms = run.forward(contrastive_step, to_images(batch["images"], parts.spec), batch["text_ids"], settings.chunk)
+    for batch in run.batches(dataset, collate_pairs(parts.tokenizer), look_ahead=None if whole else cached.look_ahead):
+        loss, terms = contrastive_loss(*cached.encode(batch), batch["text_ids"]) if whole else cached(batch)
         run.backward(loss, **terms)
         run.log(**terms, logit_scale=clip.logit_scale.exp())
+        if not run.updated:
+            continue
+        clamp_scale(clip)
         step = run.step + 1
         if held_out and settings.eval_every and step % settings.eval_every == 0:
             check = _check(run, held_out, parts, step)
@@ -281,18 +365,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
             export(run, settings, parts, check, step)
     if held_out and not (settings.eval_every and run.step % settings.eval_every == 0 and check):
         check = _check(run, held_out, parts, run.step)
-    if isinstance(dataset, CaptionedImages) and dataset.bad:
-        run.print(f"{len(dataset.bad)} unreadable images were left out:\n  " + "\n  ".join(dataset.bad.values()))
-    with torch.no_grad():
-        clip.logit_scale.clamp_(0, LARGEST_SCALE)
+    if isinstance(pairs, FilePairs) and (bad := pairs.bad_samples()):
+        run.print(f"{len(bad)} unreadable pairs or shards were left out (bad_samples.jsonl):\n  " + "\n  ".join(bad.values()))
     export(run, settings, parts, check, run.step)
     return run.finish()
 
 
-def _captions_only(records: Any) -> CaptionedImages:
-    from mmkit.images import ImageSpec
-
-    return CaptionedImages(records, ImageSpec(), 0, training=False)
+def clamp_scale(clip: Any) -> None:
+    """Keep 1 / temperature at 100 or below: CLIP's own limit."""
+    with torch.no_grad():
+        clip.logit_scale.clamp_(0, LARGEST_SCALE)
 
 
 def _keep_tokenizer(run: Run, parts: ClipParts, saved: Path) -> None:

@@ -28,6 +28,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Resize = Literal["crop", "squash", "pad"]
+LARGEST = 89_478_485  # pixels that making a tensor may hold at once; PIL's own limit for opening a file without a warning
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -207,21 +208,40 @@ class ImageSpec:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < flip else image
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Bring a picture to size x size in the fixed way that `resize` names."""
+        """Bring a picture to size x size in the fixed way that `resize` names.
+
+        A picture of 1 x 20,000 pixels passes too, and takes no more memory than others: see `_fit_strip` and `_pad`.
+        """
         scaled = math.floor(self.size / self.crop_pct)
         if self.resize == "pad":
-            side = max(image.size)
-            canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
-            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = canvas
+            image = self._pad(image, scaled)
         if self.resize == "crop":  # the long side is cut down to a whole pixel, as torchvision and transformers do
             short = min(image.size)
             width, height = (scaled if edge == short else int(scaled * edge / short) for edge in image.size)
         else:
             width, height = scaled, scaled
+        if width * height > LARGEST:
+            return self._fit_strip(image, width, height)
         image = image.resize((width, height), FILTERS[self.interpolation])
         left, top = (round((edge - self.size) / 2.0) for edge in image.size)  # half to even, as torchvision does, and CLIP with it
         return image.crop((left, top, left + self.size, top + self.size)) if image.size != (self.size, self.size) else image
+
+    def _fit_strip(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Make the centre of the picture scaled to width x height, and nothing of the rest: it would be gigabytes of a strip."""
+        left, top = round((width - self.size) / 2.0), round((height - self.size) / 2.0)
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
+        return image.resize((self.size, self.size), FILTERS[self.interpolation], box=box)
+
+    def _pad(self, image: Image.Image, scaled: int) -> Image.Image:
+        """Lay a picture on a square in the mean colour; one whose square would be too large is scaled first, which moves its rim a little."""
+        side = max(image.size)
+        if side * side > LARGEST:
+            width, height = (max(1, round(edge * scaled / side)) for edge in image.size)
+            image, side = image.resize((width, height), FILTERS[self.interpolation]), scaled
+        canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return canvas
 
     def normalise(self, image: Image.Image) -> Tensor:
         """Turn a picture of the right size into a tensor [3, size, size], mean and std applied."""

@@ -25,6 +25,7 @@ def param_groups(
     *,
     layer_decay: float | None = None,
     lr_by_pattern: Mapping[str, float] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into optimizer groups.
 
@@ -35,6 +36,8 @@ def param_groups(
         layer_decay: Factor d per block of a timm network: lr * d^(L + 1 - i) for block i of L (from 1), d^(L + 1) for patch embedding and
             positions, and 1 for what comes after the blocks.
         lr_by_pattern: Shell pattern over parameter names to peak learning rate; the first that matches counts.
+        lr_scales: Exact parameter name to a factor on its peak, for models whose layers timm cannot tell (see `encoders.clip_towers`);
+            takes the place of `layer_decay`.
 
     Returns:
         Groups with "params", "lr", "initial_lr", "weight_decay" and a "name".
@@ -53,7 +56,7 @@ def param_groups(
             raise ConfigError(
                 f"lr_by_pattern: '{pattern}' matches none of {len(named)} trainable parameters, the first being {named[0][0]}"
             )
-    scales = _layer_scales(model, layer_decay) if layer_decay is not None else {}
+    scales: Mapping[str, float] = _layer_scales(model, layer_decay) if layer_decay is not None else lr_scales or {}
     skip = _no_decay_names(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named:

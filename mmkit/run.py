@@ -18,12 +18,9 @@ All randomness of a micro-batch is a function of (seed, step, micro-batch, rank)
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ from mmkit.optim import Schedule, constant_schedule
 from mmkit.progress import Progress
 from mmkit.run_config import RunConfig, accumulation_steps
 from mmkit.run_folder import changed_settings, claim_folder, write_settings
+from mmkit.signals import stop_signals
 from mmkit.snapshots import broadcast, find_snapshot, gather, load_optimizer, load_plain, load_trained, read_state, save_snapshot
 
 __all__ = ["Run", "RunConfig", "TrainingError"]
@@ -204,13 +202,21 @@ class Run:
 
     # ---- the loop ---------------------------------------------------------------------------------------------------------------------
 
-    def batches(self, dataset: Any, collate: Collate, weigh: Callable[[Any], float] | None = None) -> Iterator[Any]:
+    def batches(
+        self,
+        dataset: Any,
+        collate: Collate,
+        weigh: Callable[[Any], float] | None = None,
+        look_ahead: Callable[[Iterator[Any]], None] | None = None,
+    ) -> Iterator[Any]:
         """Give micro-batches on the device until all steps are done.
 
         Args:
             dataset: Items come from `dataset.get(epoch, index)` if it has that, else from `dataset[index]`. None is a sample to skip.
             collate: List of items to a batch.
             weigh: Over how many things (label tokens, kept patches) the loss of a batch is a mean. The default is its samples.
+            look_ahead: Called before each step with its micro-batches, for losses that need all of them at once (contrastive negatives):
+                each comes on the device and with the randomness that it will have again when its turn comes.
 
         Raises:
             TrainingError: A loss was not finite.
@@ -222,17 +228,19 @@ class Run:
         order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size)
         progress = Progress(self.name, steps, self.step, self.layout.global_batch_size, self.is_main)
         found = micro_batches(dataset, collate, order, self.layout, self.step, steps, c.num_workers, self.device.type == "cuda")
-        with self._signals():
+        with stop_signals(self._asked_to_stop):
             try:
                 while self.step < steps:
-                    yield from self._one_step([next(found) for _ in range(self.accumulation)], weigh)
+                    yield from self._one_step([next(found) for _ in range(self.accumulation)], weigh, look_ahead)
                     self._end_step(progress)
             finally:
                 progress.close()
                 if hasattr(found, "close"):
                     found.close()
 
-    def _one_step(self, found: list[MicroBatch], weigh: Callable[[Any], float] | None) -> Iterator[Any]:
+    def _one_step(
+        self, found: list[MicroBatch], weigh: Callable[[Any], float] | None, look_ahead: Callable[[Iterator[Any]], None] | None
+    ) -> Iterator[Any]:
         weights = [float(weigh(item.batch)) if weigh is not None else float(item.count) for item in found]
         for m, weight in enumerate(weights):
             if not math.isfinite(weight) or weight < 0:
@@ -247,18 +255,24 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.step)
         self._terms, self._grad_norm = {}, None
+        if look_ahead is not None:
+            look_ahead(self._seeded(item.batch, m) for m, item in enumerate(found))
         for m, (item, weight) in enumerate(zip(found, weights, strict=True)):
             self.skipped += item.skipped
             self._micro_batch, self._weight, self._calls, self.updated, self._batch = m, weight, 0, False, item.batch
-            place = derive_seed(self.config.seed, 1, self.step, m * self.world_size + self.rank)
-            seed_everything(place)
-            self.generator.manual_seed(place)
             with self.accelerator.accumulate(self._model):
-                yield send_to_device(item.batch, self.device, non_blocking=True)
+                yield self._seeded(item.batch, m)
             if self._bad_loss is not None:
                 self._refuse({"loss": self._bad_loss})
             if self._calls != 1:
                 raise RuntimeError(f"run.backward was called {self._calls} times for a micro-batch of run.batches; once is right")
+
+    def _seeded(self, batch: Any, micro_batch: int) -> Any:
+        """Give a micro-batch on the device, with its own randomness."""
+        place = derive_seed(self.config.seed, 1, self.step, micro_batch * self.world_size + self.rank)
+        seed_everything(place)
+        self.generator.manual_seed(place)
+        return send_to_device(batch, self.device, non_blocking=True)
 
     def _sum(self, values: list[float]) -> list[float]:
         if self.world_size == 1:
@@ -402,28 +416,9 @@ class Run:
         save_snapshot(self.folder / "checkpoints", self.accelerator, self._model, self._optimizer, self._kept, counters, kept)
         self._saved_step = self.step
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM end the run after the present step; a second one, two seconds later or more, ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        first = 0.0
-
-        def handle(number: int, _: Any) -> None:
-            nonlocal first
-            if self._stop_signal and time.monotonic() - first > 2:  # launchers repeat the terminal's Ctrl-C at once
-                raise KeyboardInterrupt
-            if not self._stop_signal:
-                self._stop_signal, first = number, time.monotonic()
-                self.print(f"\n{self.name}: stops after this step and saves; again to stop at once")
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+    def _asked_to_stop(self, number: int) -> None:
+        self._stop_signal = number
+        self.print(f"\n{self.name}: stops after this step and saves; again to stop at once")
 
     def _stop(self, number: int) -> None:
         self.save()

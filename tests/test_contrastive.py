@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 import encoders
 from encoders.clip_models import MINI_CLIP_CONFIG, OWN_TOKENIZER, build_clip, export_clip
+from encoders.contrastive import contrastive_loss
 from encoders.pairs import CaptionedImages, DrawnPairs, held_out_drawings, read_pairs
 from encoders.text import END_ID, MINI_CLIP, word_tokenizer
-from encoders.train_contrastive import RECIPES, ContrastiveConfig, contrastive_loss, contrastive_step, main
+from encoders.train_contrastive import RECIPES, ContrastiveConfig, main
 from mmkit.config import load_config
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.images import ImageError, ImageSpec
@@ -123,28 +124,6 @@ def small_config(layers: int, image_size: int = 32) -> dict[str, Any]:
     vision = {"image_size": image_size, "layers": layers, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1, "pool_type": "eos", "eos_id": END_ID}
     return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**text, "hf_tokenizer_name": OWN_TOKENIZER}}
-
-
-@pytest.fixture(scope="module")
-def small_clip(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
-    path = tmp_path_factory.mktemp("config") / "small.json"
-    path.write_text(json.dumps(small_config(layers=2)))
-    return build_clip(str(path), lambda: ["a cat", "a dog"], path.parent / "none").model
-
-
-def test_encoding_in_chunks_changes_nothing_but_memory(small_clip: torch.nn.Module) -> None:
-    images, ids = torch.randn(7, 3, 32, 32), torch.randint(3, 20, (7, 8))
-    ids[:, -1] = 2
-    ids[4] = ids[0]
-    gradients = []
-    for chunk in (0, 3):
-        small_clip.zero_grad()
-        loss, _ = contrastive_step(small_clip, images, ids, chunk)
-        loss.backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in small_clip.named_parameters() if parameter.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() == dict(small_clip.named_parameters()).keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 # ---- tokenizer, models ---------------------------------------------------------------------------------------------------------------
@@ -329,11 +308,6 @@ def test_training_on_files_learns_them(tmp_path: Path) -> None:
     losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")]
     assert losses[0] > 1.0
     assert losses[-1] < 0.1
-
-
-def test_accumulation_is_refused_because_it_shrinks_the_negatives() -> None:
-    with pytest.raises(ConfigError, match="--chunk"):
-        load_config(ContrastiveConfig, ["--gradient_accumulation_steps", "2"])
 
 
 def test_a_model_of_another_size_is_refused_for_drawn_pairs(tmp_path: Path) -> None:

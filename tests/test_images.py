@@ -2,6 +2,8 @@
 
 import io
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from mmkit.errors import ConfigError
-from mmkit.images import ImageError, ImageSpec, open_image, renormalise, to_images
+from mmkit.images import LARGEST, ImageError, ImageSpec, open_image, renormalise, to_images
 
 GOLDEN = Path(__file__).parent / "golden" / "uta"
 
@@ -123,3 +125,53 @@ def test_the_orientation_of_a_photograph_is_applied() -> None:
     tags = Image.Exif()
     tags[0x0112] = 6  # turned by 90 degrees
     assert open_image(encoded(picture(40, 30), "JPEG", exif=tags)).size == (30, 40)
+
+
+# ---- pictures that are no ordinary pictures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)], ids=["wide", "high"])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_a_strip_of_one_pixel_becomes_a_tensor_without_gigabytes(
+    size: tuple[int, int], resize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    new, scale = Image.new, Image.Image.resize
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: made.append(size[0] * size[1]) or new(mode, size, *rest))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest, **more: made.append(size[0] * size[1]) or scale(self, size, *rest, **more)
+    )
+    image = open_image(encoded(picture(*size), "PNG"))
+    spec = ImageSpec(size=224, resize=resize)  # type: ignore[arg-type]
+    assert spec.transform()(image).shape == (3, 224, 224)
+    assert spec.training_transform(image, random.Random(0)).shape == (3, 224, 224)
+    assert max(made) <= LARGEST
+
+
+@pytest.mark.parametrize("size", [(300, 40), (41, 500), (90, 90)])
+def test_the_way_for_strips_makes_the_same_picture_as_the_ordinary_way(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, image = ImageSpec(size=32, crop_pct=0.9), picture(*size)
+    ordinary = np.asarray(spec.fit(image)).astype(int)
+    monkeypatch.setattr("mmkit.images.LARGEST", 0)
+    assert np.abs(np.asarray(spec.fit(image)).astype(int) - ordinary).max() <= 1  # grey levels: box edges are float32
+
+
+def test_a_file_that_claims_more_pixels_than_memory_is_refused_unread() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match=r"too many pixels.*member 'x.png' of a.tar|member 'x.png' of a.tar.*too many pixels"):
+        open_image(bomb, "member 'x.png' of a.tar")
+
+
+def test_an_animation_gives_its_first_frame_and_16_bits_their_upper_ones() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
+    assert open_image(out.getvalue()).getpixel((3, 3)) == (250, 0, 0)
+    ramp = np.linspace(0, 65_535, 64, dtype=np.uint16).reshape(8, 8)
+    for form in ("PNG", "TIFF"):
+        grey = np.asarray(open_image(encoded(Image.fromarray(ramp), form)))[..., 0]
+        assert np.abs(grey.astype(float) - ramp / 257).max() <= 0.5, form

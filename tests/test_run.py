@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_two_processes_equal_one(tmp_path: Path, child_environment: dict[str, st
     assert result.returncode == 0, result.stderr[:3000]
     two = read_jsonl(tmp_path / "two" / "metrics.jsonl")
     torch.testing.assert_close(losses(one), losses(two), rtol=1e-5, atol=1e-6)
+
+
+def test_looking_ahead_shows_the_step_with_the_randomness_it_will_have(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path / "run"), steps=2, micro_batch_size=2, gradient_accumulation_steps=3)
+    run = Run(config, name="toy", settings=config)
+    model = torch.nn.Linear(6, 1)
+    run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    ahead: list[list[torch.Tensor]] = []
+    turns: list[torch.Tensor] = []
+
+    def look(micro_batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        ahead.append([torch.cat([batch["x"].flatten(), torch.rand(3)]) for batch in micro_batches])
+
+    for batch in run.batches(toy_training.ToyData(), toy_training.collate, look_ahead=look):
+        turns.append(torch.cat([batch["x"].flatten(), torch.rand(3)]))
+        run.backward(run.forward(lambda bare, x: (x @ bare.weight.T).mean(), batch["x"]))
+    assert [len(step) for step in ahead] == [3, 3]
+    assert all(torch.equal(seen, turn) for seen, turn in zip([seen for step in ahead for seen in step], turns, strict=True))
 
 
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
