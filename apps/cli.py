@@ -36,7 +36,8 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
     ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
-    "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
+    "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
+    "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),

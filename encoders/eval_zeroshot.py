@@ -29,7 +29,7 @@ from encoders.modeling import VisionEncoder
 from encoders.text import TextTower
 from encoders.zeroshot import Template, cached_weights, label_ranks, load_templates, similarities
 from encoders.zeroshot_layouts import LabelledImages
-from encoders.zeroshot_pair import Pair, autocast, load_pair
+from encoders.zeroshot_pair import Pair, autocast, encoder_card, load_pair
 from encoders.zeroshot_sets import IMAGENET_SIX, SETS, choose, own_folders, place_of
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
@@ -316,14 +316,6 @@ def write_mean(out: Path, summaries: Mapping[str, Mapping[str, Any]], config: Ev
     print(
         f"{name}, {config.encoder}: " + ", ".join(f"{key} {row['value']:.1f} %" for key, row in metrics.items() if key.startswith("top1"))
     )
-
-
-def encoder_card(encoder: VisionEncoder) -> dict[str, Any]:
-    """What the report says of the encoder."""
-    c = encoder.config
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return {"architecture": c.architecture, "origin": c.origin, "joint_width": c.joint_width, "image_spec": c.image_spec,
-            "text_tower": c.text_tower, "training": c.training, "parameters": parameters}  # fmt: skip
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

@@ -59,3 +59,11 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Compute in bf16 where that is asked for."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         yield
+
+
+def encoder_card(encoder: VisionEncoder) -> dict[str, Any]:
+    """What the report says of the encoder."""
+    c = encoder.config
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return {"architecture": c.architecture, "origin": c.origin, "joint_width": c.joint_width, "image_spec": c.image_spec,
+            "text_tower": c.text_tower, "training": c.training, "parameters": parameters}  # fmt: skip
