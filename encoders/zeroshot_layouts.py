@@ -131,7 +131,7 @@ def descend(root: Path, fits: Callable[[Path], bool], below: Sequence[str], expe
             return place
     held = class_folders(root)
     raise DataError(
-        f"--images {root}: {expected} was expected in it, or in {', '.join(below)} below it; "
+        f"--images {root}: expected {expected} in it, or in {', '.join(below)} below it; "
         + (f"it holds the folders {_some(held)}" if held else "it holds no folders")
     )
 
