@@ -41,10 +41,8 @@ def main() -> None:
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
             row = in_a_process(side, flags)
             found[side].append(row)
-            print(
-                f"round {number + 1}, {side}: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of processor), peak {row['peak_mb']:.0f} MB ({row['before_mb']:.0f} MB before)",
-                flush=True,
-            )
+            times = f"{row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of processor)"
+            print(f"round {number + 1}, {side}: {times}, peak {row['peak_mb']:.0f} MB ({row['before_mb']:.0f} MB before)", flush=True)
     check_equal(found)
     medians = {side: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for side, rows in found.items()}
     ours, theirs = (medians[side] for side in SIDES)

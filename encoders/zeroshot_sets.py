@@ -195,6 +195,6 @@ def place_of(name: str, root: Path, alone: bool) -> Path:
         if (root / folder).is_dir():
             return root / folder
     raise DataError(
-        f"--images {root}: no folder of {SETS[name].title} in it; it would be called {' or '.join(SETS[name].folders) or name}. "
+        f"--images {root}: no folder of {SETS[name].title}, in it; it would be called {' or '.join(SETS[name].folders) or name}. "
         f"Link it there, or leave {name} out of --benchmark"
     )

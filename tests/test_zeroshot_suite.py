@@ -197,8 +197,10 @@ def test_an_unknown_benchmark_names_its_neighbours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="twice"):
         choose("imagenet_six,imagenet_a")
     with pytest.raises(NameNotFound, match="flickr30k_retrieval"):
-        eval_zeroshot_retrieval.main("--encoder e --captions c --images i --out o --benchmark flickr_retrieval".split())
-    with pytest.raises(DataError, match="ObjectNet in it; it would be called objectnet-1.0"):
+        eval_zeroshot_retrieval.main(
+            ["--encoder", "e", "--captions", "c", "--images", "i", "--out", "o", "--benchmark", "flickr_retrieval"]
+        )
+    with pytest.raises(DataError, match=r"ObjectNet, 113 classes, in it; it would be called objectnet-1\.0"):
         place_of("objectnet", tmp_path, alone=False)
 
 
@@ -280,7 +282,7 @@ def test_clip_benchmark_agrees_on_the_embedded_drawings(pictures: Path, tmp_path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a picture of a {}\n{}\nthere is a {}\n")
     listed = tmp_path / "names.txt"
-    candidates = names.object_names("trained")[:150]
+    candidates = names.object_names("trained")[:40]
     candidates = sorted({*candidates, *(path.name for path in pictures.iterdir())})
     listed.write_text("\n".join(candidates))
     flags = ["--encoder", "mini-clip", "--images", str(pictures), "--classnames", str(listed), "--prompts", str(prompts)]
@@ -291,16 +293,18 @@ def test_clip_benchmark_agrees_on_the_embedded_drawings(pictures: Path, tmp_path
     data, spec = own_folders(pictures, False, str(listed)), load_encoder("mini-clip").spec
     images = torch.cat([images for _, images, _ in batches(data.source, data.paths, spec, 64)])
 
-    class Loader(list):  # type: ignore[type-arg]
-        dataset = type("Dataset", (), {"classes": candidates})
-
-    loader = Loader([(images, torch.tensor(data.labels))])
+    loader = [(images, torch.tensor(data.labels))]
     templates = [line.replace("{}", "{c}") for line in prompts.read_text().splitlines()]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{MINI_CLIP}")
-    theirs = classification.evaluate(model, loader, tokenizer, candidates, templates, "cpu", amp=False)
-    assert 0 < theirs["acc1"] < 1  # a set on which all are right could not tell much
-    assert ours["top1"]["value"] == pytest.approx(100 * theirs["acc1"], abs=1e-3)
-    assert ours["top5"]["value"] == pytest.approx(100 * theirs["acc5"], abs=1e-3)
+    # Its `evaluate` ends in a conversion that numpy 2.4 refuses; these are the two steps it takes before.
+    classifier = classification.zero_shot_classifier(model, tokenizer, candidates, templates, "cpu", amp=False)
+    logits, target = classification.run_classification(model, classifier, loader, "cpu", amp=False)
+    hits = logits.topk(5).indices == target[:, None]
+    assert 0 < hits[:, 0].double().mean() < 1  # a set on which all are right could not tell much
+    assert ours["top1"]["value"] == pytest.approx(100 * hits[:, 0].double().mean().item(), abs=1e-3)
+    assert ours["top5"]["value"] == pytest.approx(100 * hits.any(dim=1).double().mean().item(), abs=1e-3)
+    cosines = torch.tensor([row["cosine"] for row in read_jsonl(out / "answers.jsonl")])
+    torch.testing.assert_close(100 * cosines, logits.topk(5).values, atol=0.006, rtol=0)  # answers are rounded to 4 digits
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------------------------
@@ -319,6 +323,7 @@ def test_what_killed_processes_left_is_joined(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(pictures: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
     captions = [{"image": f"{name}/{n}.png", "caption": [f"a {name}", f"{name} number {n}"]} for name in ("cat", "dog") for n in range(2)]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
