@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Captioned:
         captions: M texts.
         owner: Index of each caption's image [M].
         notes: What was left out.
+        pixels: Gives the bytes of an image that is no file of its own; None where `paths` are files.
     """
 
     root: Path
@@ -34,6 +35,11 @@ class Captioned:
     captions: tuple[str, ...]
     owner: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    pixels: Callable[[str], bytes] | None = field(default=None, compare=False)
+
+    def source(self, path: str) -> Path | bytes:
+        """Give what `mmkit.images.open_image` takes."""
+        return self.pixels(path) if self.pixels else self.root / path
 
 
 Rows = list[tuple[str, list[str]]]  # (image, its captions), in the order of the file

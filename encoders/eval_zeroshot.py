@@ -4,9 +4,10 @@
     mmkit eval zeroshot --encoder openclip:ViT-B-16/openai --benchmark imagenet --images imagenet --out runs/eval/b16/imagenet
     torchrun --nproc_per_node 8 encoders/eval_zeroshot.py --encoder E --benchmark imagenet_six --images DATA_SETS --out runs/eval/e
 
-Alone, `--images` is the benchmark's folder (for your own: one folder a class, named by it or by `--classnames`). With several benchmarks
-(`imagenet_six`, `all`, or names with commas) it is the folder that holds theirs, each gets a folder of its own in `--out`, and their plain
-mean is written beside them. Every folder gets answers.jsonl (a line an image, resumable) and summary.json.
+Alone, `--images` is the benchmark's folder (for your own: one folder a class, named by it or by `--classnames`), or a folder of webdataset
+shards with `classnames.txt`. With several benchmarks (`imagenet_six`, `all`, or names with commas) it is the folder that holds theirs, each
+gets a folder of its own in `--out`, and their plain mean is written beside them. Every folder gets answers.jsonl (a line an image,
+resumable) and summary.json.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encoders.image_batches import Broken, batches
+from encoders.labelled_shards import has_shards, labelled_shards
 from encoders.modeling import VisionEncoder
 from encoders.text import TextTower
 from encoders.zeroshot import Template, cached_weights, label_ranks, load_templates, similarities
@@ -75,8 +77,8 @@ class EvalZeroshotConfig:
             raise ConfigError(f"--batch_size {self.batch_size}, --workers {self.workers}; at least 1 and at least 0 are right")
         if self.resume and self.overwrite:
             raise ConfigError("--resume keeps the answers in --out, --overwrite throws them away: give one of them")
-        if self.classnames and self.benchmark not in OWN:
-            raise ConfigError(f"--classnames goes with your own folders (--benchmark zeroshot); the names of {self.benchmark} are fixed")
+        if self.classnames and self.benchmark not in OWN and not has_shards(Path(self.images)):
+            raise ConfigError(f"--classnames goes with your own data (--benchmark zeroshot); the names of {self.benchmark} are fixed")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def _folder(path: Path, config: EvalZeroshotConfig) -> EvaluationFolder:
 
 def _find(name: str, config: EvalZeroshotConfig, alone: bool) -> LabelledImages:
     root = place_of(name, Path(config.images), alone)
+    if has_shards(root):
+        return labelled_shards(root, config.classnames)
     if name in OWN:
         return own_folders(root, config.partial, config.classnames)
     return SETS[name].find(root, config.partial)

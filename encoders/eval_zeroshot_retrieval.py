@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from encoders.captions import Captioned, read_captions
 from encoders.image_batches import batches
+from encoders.labelled_shards import captioned_shards, has_shards
 from encoders.zeroshot_pair import Pair, autocast, encoder_card, load_pair
 from mmkit.checkpoint import atomic_write, load_weights, save_weights
 from mmkit.config import cli_entry, load_config
@@ -63,8 +64,10 @@ class EvalRetrievalConfig:
     """Settings of one evaluation."""
 
     encoder: str = field(default="", metadata={"help": "an encoder folder, timm:..., openclip:MODEL/TAG, hf:..., or mini-clip"})
-    captions: str = field(default="", metadata={"help": "COCO JSON, Karpathy's JSON, a list of {image, caption}, or Flickr's text file"})
-    images: str = field(default="", metadata={"help": "folder that the image names of --captions are relative to"})
+    captions: str = field(
+        default="", metadata={"help": "COCO JSON, Karpathy's JSON, a list of {image, caption}, Flickr's text file; or a folder of shards"}
+    )
+    images: str = field(default="", metadata={"help": "folder that the image names of --captions are relative to; not needed with shards"})
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, summary.json, manifest.json"})
     benchmark: str = field(default="retrieval", metadata={"help": f"name in the summary: {', '.join(SETS)}"})
     split: str = field(default="test", metadata={"help": "of a caption file with several splits (Karpathy's)"})
@@ -87,7 +90,7 @@ class EvalRetrievalConfig:
             NameNotFound: There is no such benchmark.
         """
         for name in ("encoder", "captions", "images", "out"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "images" and has_shards(Path(self.captions))):
                 raise ConfigError(f"--{name} is missing; --help lists all settings")
         find("retrieval benchmark", SETS, self.benchmark)
         if self.batch_size < 1 or self.workers < 0 or self.captions_per_image < 0:
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     start = time.monotonic()
     folder = EvaluationFolder(config.out, "eval_zeroshot_retrieval", resume=config.resume, overwrite=config.overwrite)
     folder.refuse()
-    data = read_captions(Path(config.captions), Path(config.images), config.split, config.captions_per_image, config.partial)
+    data = find_captions(config)
     ranks = Ranks(config.device)
     pair = load_pair(config.encoder, config.text_tower, ranks.device)
     folder.open(identify(data, pair, config), ranks)
@@ -132,6 +135,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         print(as_text(summary))
     ranks.wait()
     return folder.path
+
+
+def find_captions(config: EvalRetrievalConfig) -> Captioned:
+    """Read the caption file with its folder of images, or a folder of shards, which holds both."""
+    if has_shards(Path(config.captions)):
+        return captioned_shards(Path(config.captions), config.split, config.captions_per_image)
+    return read_captions(Path(config.captions), Path(config.images), config.split, config.captions_per_image, config.partial)
 
 
 def identify(data: Captioned, pair: Pair, config: EvalRetrievalConfig) -> dict[str, Any]:
@@ -191,7 +201,7 @@ def _encode_images(
     place = {name: index for index, name in enumerate(names)}
     features = torch.zeros(len(names), int(pair.encoder.joint_width or 0))
     read = torch.zeros(len(names), dtype=torch.bool)
-    for some, images, broken in batches(lambda name: data.root / name, names, pair.encoder.spec, config.batch_size, config.workers):
+    for some, images, broken in batches(data.source, names, pair.encoder.spec, config.batch_size, config.workers):
         for bad in broken:
             if config.on_bad_sample == "error":
                 raise ImageError(f"{bad.reason}\n  --on_bad_sample skip leaves such images out, with their captions, and counts them")

@@ -40,9 +40,9 @@ class LabelledImages:
     labels: tuple[int, ...]
     names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    pixels: Callable[[str], Image.Image] | None = field(default=None, compare=False)
+    pixels: Callable[[str], Image.Image | bytes] | None = field(default=None, compare=False)
 
-    def source(self, path: str) -> Path | Image.Image:
+    def source(self, path: str) -> Path | Image.Image | bytes:
         """Give what `mmkit.images.open_image` takes."""
         return self.pixels(path) if self.pixels else self.root / path
 
@@ -198,16 +198,16 @@ def imagenet(below: Sequence[str], what: str, subset: str = "") -> Callable[[Pat
 
 
 def _kaggle_solution(root: Path) -> Path | None:
-    """The list of labels that comes with Kaggle's copy, whose validation images lie in one folder."""
+    """The list of labels that comes with Kaggle's copy, if its validation images lie in one folder, as they come."""
     for place in (root, root.parent.parent.parent.parent):
-        if (place / "LOC_val_solution.csv").is_file():
+        images = place / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+        if (place / "LOC_val_solution.csv").is_file() and images.is_dir() and not class_folders(images):
             return place / "LOC_val_solution.csv"
     return None
 
 
 def _from_solution(root: Path, solution: Path, partial: bool) -> LabelledImages:
     folder = solution.parent / "ILSVRC" / "Data" / "CLS-LOC" / "val"
-    existing_folder(folder)
     order = {wnid: index for index, wnid in enumerate(synsets())}
     rows = _csv(solution, ("ImageId", "PredictionString"))
     pairs = sorted((f"{row['ImageId']}.JPEG", row["PredictionString"].split(" ")[0]) for row in rows)
@@ -281,6 +281,9 @@ def gtsrb(names: Sequence[str]) -> Callable[[Path, bool], LabelledImages]:
             if (root / listing).is_file() and (root / images).is_dir():
                 rows = _csv(root / listing, ("ClassId",))
                 column = "Filename" if "Filename" in rows[0] else "Path"
+                strange = [row["ClassId"] for row in rows if not row["ClassId"].isdigit() or int(row["ClassId"]) >= len(names)]
+                if strange:
+                    raise DataError(f"{root / listing}: ClassId '{strange[0]}'; GTSRB's classes are 0 to {len(names) - 1}")
                 pairs = [(row[column].rsplit("/", 1)[-1], int(row["ClassId"])) for row in rows]
                 return _listed(root / images, sorted(pairs), names, partial, "GTSRB")
         place = descend(root, lambda path: any(name.isdigit() for name in class_folders(path)), ("Test", "test", "GTSRB/Final_Test/Images"),

@@ -9,6 +9,7 @@ with part_records(folder.path, ranks) as (records, done):
 rows = merge_parts(folder.path, order, ranks)
 """
 
+import atexit
 import json
 import math
 import os
@@ -47,6 +48,7 @@ class Ranks:
         if launched():
             accelerated = torch.cuda.is_available() and device in ("auto", "cuda")
             self._state = PartialState(cpu=not accelerated, timeout=PATIENCE)
+            atexit.register(_leave)
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
         if self._state and device in ("auto", "cuda"):
@@ -76,6 +78,12 @@ class Ranks:
         yield
         if self.first:
             self.wait()
+
+
+def _leave() -> None:
+    """Close the process group in order, before the interpreter ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class EvaluationFolder:

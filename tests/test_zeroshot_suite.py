@@ -1,9 +1,11 @@
 """The zero-shot suite: every benchmark as people have it on disk, what is wrong with a folder, means, ranks, agreement with clip_benchmark."""
 
+import io
 import json
 import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from encoders import eval_zeroshot, eval_zeroshot_retrieval
 from encoders.catalog import load_encoder
 from encoders.image_batches import batches
+from encoders.labelled_shards import captioned_shards, has_shards, labelled_shards
 from encoders.text import MINI_CLIP
 from encoders.zeroshot import TEMPLATES, load_templates
 from encoders.zeroshot_layouts import LabelledImages, synsets
@@ -168,6 +171,7 @@ def test_a_pickle_that_calls_a_function_is_refused(tmp_path: Path) -> None:
         ("objectnet", lambda root: touch(root, "images/alarm_clock/a.png"), "folder_to_objectnet_label"),
         ("eurosat", lambda root: touch(root, "Forest/a.jpg", "Forrest/a.jpg"), "'Forrest' is no class folder"),
         ("gtsrb", lambda root: (make_gtsrb(root), (root / "GTSRB/Final_Test/Images/00001.ppm").unlink()), "1 of 2 listed images are missing"),
+        ("gtsrb", lambda root: (make_gtsrb(root), (root / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;43\n")), "ClassId '43'"),
         ("caltech101", lambda root: None, "BACKGROUND_Google"),
     ],
 )  # fmt: skip
@@ -202,6 +206,41 @@ def test_an_unknown_benchmark_names_its_neighbours(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match=r"ObjectNet, 113 classes, in it; it would be called objectnet-1\.0"):
         place_of("objectnet", tmp_path, alone=False)
+
+
+def test_a_benchmark_in_shards_answers_as_the_same_one_in_folders(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "cache"))
+    names, root = sorted(path.name for path in pictures.iterdir()), tmp_path / "shards"
+    (root / "test").mkdir(parents=True)
+    (root / "classnames.txt").write_text("\n".join(names) + "\n")
+    for label, name in enumerate(names):
+        members = {f"s{n}.{kind}": body for n in range(2) for kind, body in (
+            ("png", (pictures / name / f"{n}.png").read_bytes()), ("cls", str(label).encode()), ("txt", f"a {name}\n{name} {n}".encode())
+        )}  # fmt: skip
+        with tarfile.open(root / "test" / f"{label}.tar", "w") as tar:
+            for member, body in members.items():
+                about = tarfile.TarInfo(member)
+                about.size = len(body)
+                tar.addfile(about, io.BytesIO(body))
+    assert has_shards(root)
+    assert has_shards(root / "test")
+    assert not has_shards(pictures)
+    data, folders = labelled_shards(root), own_folders(pictures, False)
+    assert (data.names, data.labels) == (folders.names, folders.labels)
+    for mine, theirs in zip(data.paths, folders.paths, strict=True):
+        assert open_image(data.source(mine)).tobytes() == open_image(folders.source(theirs)).tobytes()
+    captions = captioned_shards(root, "test", first=1)
+    assert captions.captions[:3] == ("a bicycle", "a bicycle", "a cat")
+    assert captions.owner == tuple(range(12))
+    assert captioned_shards(root, "test").owner[:4] == (0, 0, 1, 1)
+    out = eval_zeroshot.main(["--encoder", "mini-clip", "--images", str(root), "--out", str(tmp_path / "out")])
+    assert json.loads((out / "summary.json").read_text())["n"] == 12
+    (root / "classnames.txt").write_text("cat\n")
+    with pytest.raises(DataError, match="says '1'; a number from 0 to 0"):
+        labelled_shards(root)
+    (root / "classnames.txt").unlink()
+    with pytest.raises(DataError, match="--classnames"):
+        labelled_shards(root)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------------------------
