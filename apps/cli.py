@@ -36,7 +36,8 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
     ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
-    "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
+    "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
+    "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
     "sweep": Command(
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"

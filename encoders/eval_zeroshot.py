@@ -1,14 +1,16 @@
-"""Zero-shot classification of an image folder: how often the right class name is the nearest text.
+"""Zero-shot classification: how often the right class name is the nearest text.
 
-    python encoders/eval_zeroshot.py --encoder runs/uta/encoder --images data/classification/test --out runs/eval/uta/mini_zeroshot
-    mmkit eval zeroshot --encoder openclip:ViT-B-16/openai --images imagenet/val --classnames imagenet_names.json --out runs/eval/b16
+    mmkit eval zeroshot --encoder runs/uta/encoder --images data/classification/test --out runs/eval/uta/zeroshot
+    mmkit eval zeroshot --encoder openclip:ViT-B-16/openai --benchmark imagenet --images imagenet --out runs/eval/b16/imagenet
+    torchrun --nproc_per_node 8 encoders/eval_zeroshot.py --encoder E --benchmark imagenet_six --images DATA_SETS --out runs/eval/e
 
-`--images` has one folder a class; the class names are the folders' names, or come from `--classnames`. Writes answers.jsonl (a line an
-image, resumable) and summary.json.
+Alone, `--images` is the benchmark's folder (for your own: one folder a class, named by it or by `--classnames`), or a folder of webdataset
+shards with `classnames.txt`. With several benchmarks (`imagenet_six`, `all`, or names with commas) it is the folder that holds theirs, each
+gets a folder of its own in `--out`, and their plain mean is written beside them. Every folder gets answers.jsonl (a line an image,
+resumable) and summary.json.
 """
 
-import json
-import os
+import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,21 +25,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders.catalog import load_encoder
+from encoders.image_batches import Broken, batches
+from encoders.labelled_shards import has_shards, labelled_shards
 from encoders.modeling import VisionEncoder
-from encoders.text import TextTower, load_text_tower
-from encoders.zeroshot import cached_weights, label_ranks, load_templates, similarities
-from mmkit.checkpoint import atomic_write
+from encoders.text import TextTower
+from encoders.zeroshot import Template, cached_weights, label_ranks, load_templates, similarities
+from encoders.zeroshot_layouts import LabelledImages
+from encoders.zeroshot_pair import Pair, autocast, encoder_card, load_pair
+from encoders.zeroshot_sets import IMAGENET_SIX, SETS, choose, own_folders, place_of
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.images import ImageError, open_image
-from mmkit.manifest import manifest
-from mmkit.records import Records, read_jsonl, repair
-from mmkit.stats import wilson
-from mmkit.trainable import freeze, weights_hash
+from mmkit.evaluation import EvaluationFolder, Ranks, mean_of_shares, merge_parts, part_records, relative, share_metric
+from mmkit.images import ImageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-OWN_FILES = ("answers.jsonl", "summary.json", "manifest.json")
+OWN = ("zeroshot", "mini_zeroshot")  # benchmarks whose classes are the user's folders
 
 
 @dataclass
@@ -45,17 +46,21 @@ class EvalZeroshotConfig:
     """Settings of one evaluation."""
 
     encoder: str = field(default="", metadata={"help": "an encoder folder, timm:..., openclip:MODEL/TAG, hf:..., or mini-clip"})
-    images: str = field(default="", metadata={"help": "folder with one folder of images a class"})
+    images: str = field(default="", metadata={"help": "the benchmark's folder; with several benchmarks the folder that holds theirs"})
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, summary.json, manifest.json"})
+    benchmark: str = field(default="zeroshot", metadata={"help": f"{', '.join(SETS)}; imagenet_six, all, or several with commas"})
     classnames: str = field(default="", metadata={"help": "names: JSON {folder: name}, or text, one a line; default: the folders' names"})
     text_tower: str = field(default="", metadata={"help": "mini-clip, openclip:MODEL/TAG or a folder; default: the one the encoder names"})
     prompts: str = field(
-        default="auto", metadata={"help": "mini, openai (80), name, or a file of lines with {}; auto: the text tower's own"}
+        default="auto",
+        metadata={"help": "openai (80), mini, name, ... or a file of lines with {}; auto: the benchmark's, else the text tower's own"},
     )
-    benchmark: str = field(default="zeroshot", metadata={"help": "name in the summary"})
     batch_size: int = field(default=64, metadata={"help": "images encoded at once"})
+    workers: int = field(default=0, metadata={"help": "processes that open images, for each rank; 0 opens them in between"})
+    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "of the image tower; scores are taken in fp32"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes an accelerator if there is one"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "an unreadable image: stop, or count it as missing"})
+    partial: bool = field(default=False, metadata={"help": "take what is there where class folders are missing or empty"})
     resume: bool = field(default=False, metadata={"help": "go on in --out where an earlier start stopped"})
     overwrite: bool = field(default=False, metadata={"help": "throw earlier answers in --out away"})
 
@@ -68,86 +73,27 @@ class EvalZeroshotConfig:
         for name in ("encoder", "images", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing; --help lists all settings")
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch_size is {self.batch_size}; at least 1 is right")
+        if self.batch_size < 1 or self.workers < 0:
+            raise ConfigError(f"--batch_size {self.batch_size}, --workers {self.workers}; at least 1 and at least 0 are right")
         if self.resume and self.overwrite:
             raise ConfigError("--resume keeps the answers in --out, --overwrite throws them away: give one of them")
+        if self.classnames and self.benchmark not in OWN and not has_shards(Path(self.images)):
+            raise ConfigError(f"--classnames goes with your own data (--benchmark zeroshot); the names of {self.benchmark} are fixed")
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Images with their classes.
+class Task:
+    """One benchmark of this start: its data, its prompts and where its result goes."""
 
-    Attributes:
-        root: Folder that `paths` are relative to.
-        paths: Image files, sorted.
-        labels: Index of each one's class in `names`.
-        names: Class names. There may be more than folders: names to be confused with.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    names: tuple[str, ...]
-
-
-def find_images(root: Path, classnames: str = "") -> LabelledImages:
-    """List a folder of class folders, images at any depth below each.
-
-    Raises:
-        DataError: There are no class folders or images, or the names do not fit the folders.
-    """
-    if not root.is_dir():
-        raise DataError(f"--images {root}: there is no such folder")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise DataError(f"--images {root}: one folder a class was expected in it, with that class's images; it has no folders")
-    names, label_of = tuple(folders), {name: index for index, name in enumerate(folders)}
-    if classnames:
-        names, label_of = _read_names(Path(classnames), folders)
-    paths, labels = [], []
-    for folder in folders:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                paths.append(path.relative_to(root).as_posix())
-                labels.append(label_of[folder])
-    if not paths:
-        raise DataError(f"--images {root}: {len(folders)} folders, and no image ({', '.join(SUFFIXES)}) in any of them")
-    return LabelledImages(root, tuple(paths), tuple(labels), names)
-
-
-def _read_names(path: Path, folders: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names from a file, and which of them each folder bears."""
-    if not path.is_file():
-        raise DataError(f"--classnames {path}: there is no such file; it is JSON {{folder: name}}, or text with one name a line")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            table = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"--classnames {path} is no valid JSON: {error}") from error
-        if not isinstance(table, Mapping) or not all(isinstance(name, str) and name.strip() for name in table.values()):
-            raise DataError(f"--classnames {path}: an object {{folder: name}} was expected, every name a text")
-        absent = [folder for folder in folders if folder not in table]
-        if absent:
-            raise DataError(f"--classnames {path} has no name for folder '{absent[0]}' ({len(absent)} of {len(folders)} are not in it)")
-        return tuple(table.values()), {folder: index for index, folder in enumerate(table)}
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    place = {name: index for index, name in enumerate(names)}
-    absent = [folder for folder in folders if folder not in place]
-    if not absent:
-        return names, place
-    if len(absent) == len(folders) == len(names):  # ImageNet's habit: the lines are in the order of the sorted folders
-        print(f"{path}: its lines name the {len(names)} folders in sorted order: {folders[0]} is '{names[0]}' and so on")
-        return names, {folder: index for index, folder in enumerate(folders)}
-    raise DataError(
-        f"--classnames {path}: {len(names)} names, {len(folders)} folders, and folder '{absent[0]}' is none of the names; "
-        "give JSON {folder: name}, or one line a folder in sorted order"
-    )
+    name: str
+    data: LabelledImages
+    prompts: str
+    templates: Sequence[Template]
+    folder: EvaluationFolder
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Evaluate one encoder on one folder.
+    """Evaluate one encoder on one benchmark or several.
 
     Args:
         argv: Command line; None is the process's own.
@@ -156,141 +102,123 @@ def main(argv: Sequence[str] | None = None) -> Path:
         The output folder.
     """
     config = load_config(EvalZeroshotConfig, argv)
-    out, start = Path(config.out), time.monotonic()
-    _refuse_folder(out, config)
-    data = find_images(Path(config.images), config.classnames)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    encoder = freeze(load_encoder(config.encoder))
-    torch.nn.Module.to(encoder, device)  # what transformers wraps around `to` has lost its types
-    if encoder.joint_width is None:
-        raise ConfigError(f"--encoder {config.encoder} has no joint image-text space: zero-shot needs a CLIP-like encoder or a UTA student")
-    tower = load_text_tower(config.text_tower or encoder.config.text_tower or "")
-    if tower.joint_width != encoder.joint_width:
-        raise ConfigError(
-            f"--encoder {config.encoder} has joint width {encoder.joint_width}, text tower {tower.name} has {tower.joint_width}: "
-            "they belong to different spaces; name the tower it was trained towards with --text_tower"
-        )
-    prompts = tower.templates if config.prompts == "auto" else config.prompts
-    identity = identify(config, data, encoder, tower, prompts)
-    _open_folder(out, identity, config)
-    weights = cached_weights(tower, data.names, load_templates(prompts))  # [E, C]
-    rows = classify_all(encoder, weights, data, config, device)
-    summary = summarise(rows, data, config, tower, prompts)
-    summary["seconds"] = round(time.monotonic() - start, 1)
-    summary["encoder"] = encoder_card(encoder)
-    atomic_write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    _write_manifest(out, identity, "finished", time.monotonic() - start)
-    print(as_text(summary))
+    names = choose(config.benchmark)
+    out = Path(config.out)
+    folders = {name: _folder(out if len(names) == 1 else out / name, config) for name in names}
+    data = {name: _find(name, config, alone=len(names) == 1) for name in names}
+    ranks = Ranks(config.device)
+    pair = load_pair(config.encoder, config.text_tower, ranks.device)
+    tasks = [_task(name, data[name], folders[name], pair.tower, config) for name in names]
+    summaries = {task.name: evaluate(task, pair, config, ranks) for task in tasks}
+    if len(names) > 1 and ranks.first:
+        write_mean(out, summaries, config)
+    ranks.wait()
     return out
 
 
-# ---- the output folder ---------------------------------------------------------------------------------------------------------------
+def _folder(path: Path, config: EvalZeroshotConfig) -> EvaluationFolder:
+    folder = EvaluationFolder(path, "eval_zeroshot", resume=config.resume, overwrite=config.overwrite)
+    folder.refuse()
+    return folder
 
 
-def identify(config: EvalZeroshotConfig, data: LabelledImages, encoder: VisionEncoder, tower: TextTower, prompts: str) -> dict[str, Any]:
+def _find(name: str, config: EvalZeroshotConfig, alone: bool) -> LabelledImages:
+    root = place_of(name, Path(config.images), alone)
+    if has_shards(root):
+        return labelled_shards(root, config.classnames)
+    if name in OWN:
+        return own_folders(root, config.partial, config.classnames)
+    return SETS[name].find(root, config.partial)
+
+
+def _task(name: str, data: LabelledImages, folder: EvaluationFolder, tower: TextTower, config: EvalZeroshotConfig) -> Task:
+    prompts = config.prompts if config.prompts != "auto" else SETS[name].prompts or tower.templates
+    return Task(name, data, prompts, load_templates(prompts), folder)
+
+
+def evaluate(task: Task, pair: Pair, config: EvalZeroshotConfig, ranks: Ranks) -> dict[str, Any]:
+    """Run one benchmark and write its folder.
+
+    Returns:
+        Its summary.
+    """
+    start = time.monotonic()
+    task.folder.open(identify(task, pair, config), ranks)
+    with ranks.first_goes_first():
+        weights = cached_weights(pair.tower, task.data.names, task.templates)  # [E, C]
+    classify_all(pair.encoder, weights, task, config, ranks)
+    rows = merge_parts(task.folder.path, task.data.paths, ranks)
+    summary = summarise(rows, task, pair, config, ranks)
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    summary["encoder"] = encoder_card(pair.encoder)
+    if ranks.first:
+        task.folder.finish(summary)
+        print(as_text(summary))
+    return summary
+
+
+def identify(task: Task, pair: Pair, config: EvalZeroshotConfig) -> dict[str, Any]:
     """All that an answer depends on: answers of another identity must not be mixed with these."""
+    asked = "\n".join(template(name) for name in task.data.names for template in task.templates)
+    listed = "\n".join(f"{path} {label}" for path, label in zip(task.data.paths, task.data.labels, strict=True))
     return {
-        "encoder": config.encoder,
-        "encoder_weights": weights_hash(encoder)[:16],
-        "text_tower": tower.name,
-        "text_weights": weights_hash(tower)[:16],
-        "prompts": prompts,
-        "classes": len(data.names),
-        "images": len(data.paths),
+        **pair.identity,
+        "prompts": task.prompts,
+        "classes": len(task.data.names),
+        "images": len(task.data.paths),
+        "precision": config.precision,
+        "texts_sha256": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "images_sha256": hashlib.sha256(listed.encode()).hexdigest()[:16],
     }
-
-
-def _refuse_folder(out: Path, config: EvalZeroshotConfig) -> None:
-    """Look at the output folder before anything is loaded."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "manifest.json").is_file():
-        raise DataError(f"--out {out} exists and holds no evaluation (no manifest.json in it); give another folder")
-    if not (config.resume or config.overwrite):
-        raise DataError(f"--out {out} holds an evaluation already; --resume goes on with it, --overwrite throws it away")
-
-
-def _open_folder(out: Path, identity: Mapping[str, Any], config: EvalZeroshotConfig) -> None:
-    """Begin the output folder, or go on in it if it holds answers of the same evaluation."""
-    if config.overwrite:
-        for name in OWN_FILES:
-            (out / name).unlink(missing_ok=True)
-    path = out / "manifest.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8")).get("identity", {})
-        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in identity.items() if before.get(key) != value]
-        if changed:
-            raise DataError(f"--out {out} holds another evaluation: {'; '.join(changed)}. Give another folder, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_manifest(out, identity, "running", 0.0)
-
-
-def _write_manifest(out: Path, identity: Mapping[str, Any], state: str, seconds: float) -> None:
-    content = manifest(seconds=seconds, name="eval_zeroshot", state=state, identity=dict(identity))
-    atomic_write(out / "manifest.json", json.dumps(content, indent=1) + "\n")
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def classify_all(
-    encoder: VisionEncoder, weights: Tensor, data: LabelledImages, config: EvalZeroshotConfig, device: torch.device
-) -> list[dict[str, Any]]:
-    """Classify what has no answer yet, a batch at a time, each flushed to disk.
-
-    Returns:
-        The rows in the order of the images; a row that has no "answer" has "missing", the reason.
-    """
-    path = Path(config.out) / "answers.jsonl"
-    _forget_missing(path)
-    weights = weights.to(device)
+def classify_all(encoder: VisionEncoder, weights: Tensor, task: Task, config: EvalZeroshotConfig, ranks: Ranks) -> None:
+    """Classify this process's share of what has no answer yet, a batch at a time, each flushed to disk."""
+    data = task.data
+    weights = weights.to(ranks.device)
     label_of = dict(zip(data.paths, data.labels, strict=True))
-    with Records(path) as records:
-        strange = [name for name in records.done if name not in label_of]
+    with part_records(task.folder.path, ranks) as (records, done):
+        strange = [name for name in done if name not in label_of]
         if strange:
-            raise DataError(f"{path} has an answer for {strange[0]}, which is not below {data.root}; give another --out, or --overwrite")
-        todo = [name for name in data.paths if name not in records.done]
-        description = f"{config.benchmark} · {config.encoder}"
-        with tqdm(total=len(data.paths), initial=len(data.paths) - len(todo), desc=description, unit="image") as progress:
-            for start in range(0, len(todo), config.batch_size):
-                batch = todo[start : start + config.batch_size]
-                for row in _classify(encoder, weights, data, batch, label_of, config, device):
-                    records.append(row)
-                progress.update(len(batch))
-        return [records.done[name] for name in data.paths]
+            where = task.folder.path / "answers.jsonl"
+            raise DataError(f"{where} has an answer for {strange[0]}, which is not below {data.root}; give another --out, or --overwrite")
+        todo = ranks.share([name for name in data.paths if name not in done])
+        described = f"{task.name} · {config.encoder}" + (f" · rank 0 of {ranks.count}" if ranks.count > 1 else "")
+        progress = tqdm(
+            total=len(todo) + len(done), initial=len(done), desc=described, unit="image", disable=not ranks.first
+        )  # fmt: skip
+        with progress:
+            for names, images, broken in batches(data.source, todo, encoder.spec, config.batch_size, config.workers):
+                for bad in broken:
+                    records.append(_missing_row(bad, data, label_of, config))
+                if names:
+                    for row in _classify(encoder, weights, data, names, images, label_of, config):
+                        records.append(row)
+                progress.update(len(names) + len(broken))
 
 
-def _forget_missing(path: Path) -> None:
-    """Drop the rows without an answer, so that a new start tries those images again."""
-    if path.is_file():
-        repair(path)
-        rows = read_jsonl(path)
-        if any("missing" in row for row in rows):
-            atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "missing" not in row))
+def _missing_row(bad: Broken, data: LabelledImages, label_of: Mapping[str, int], config: EvalZeroshotConfig) -> dict[str, Any]:
+    if config.on_bad_sample == "error":
+        raise ImageError(
+            f"{bad.reason} (class '{data.names[label_of[bad.name]]}')\n  --on_bad_sample skip counts such images as missing instead"
+        )
+    return {"question_id": bad.name, "image": bad.name, "label": data.names[label_of[bad.name]], "missing": bad.reason}
 
 
 def _classify(
-    encoder: VisionEncoder, weights: Tensor, data: LabelledImages, batch: Sequence[str], label_of: Mapping[str, int],
-    config: EvalZeroshotConfig, device: torch.device,
+    encoder: VisionEncoder, weights: Tensor, data: LabelledImages, names: Sequence[str], images: Tensor, label_of: Mapping[str, int],
+    config: EvalZeroshotConfig,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Rows of one batch."""
+    """Rows of one batch: images [b, 3, H, W]."""
     began = time.monotonic()
-    transform = encoder.spec.transform(training=False)
-    tensors, names = [], []
-    for name in batch:
-        try:
-            tensors.append(transform(open_image(data.root / name, where=f"class folder {name.split('/')[0]}")))
-            names.append(name)
-        except ImageError as error:
-            if config.on_bad_sample == "error":
-                raise ImageError(f"{error}\n  --on_bad_sample skip counts such images as missing instead") from error
-            yield {"question_id": name, "image": name, "label": data.names[label_of[name]], "missing": str(error)}
-    if not names:
-        return
-    features = encoder(torch.stack(tensors).to(device)).pooler_output  # [b, E]
+    with autocast(weights.device, config.precision):
+        features = encoder(images.to(weights.device)).pooler_output  # [b, E]
     scores = similarities(features, weights)  # [b, C]
-    ranks = label_ranks(scores, torch.tensor([label_of[name] for name in names], device=device)).tolist()
+    ranks = label_ranks(scores, torch.tensor([label_of[name] for name in names], device=weights.device)).tolist()
     best, order = scores.topk(min(5, scores.shape[1]), dim=1)
     seconds = round((time.monotonic() - began) / len(names), 5)
     for name, rank, values, places in zip(names, ranks, best.tolist(), order.tolist(), strict=True):
@@ -313,9 +241,9 @@ def _classify(
 
 
 def summarise(
-    rows: Sequence[Mapping[str, Any]], data: LabelledImages, config: EvalZeroshotConfig, tower: TextTower, prompts: str
-) -> dict[str, Any]:
-    """Top-1 and top-5 in percent with Wilson 95 % intervals, over the images that have an answer.
+    rows: Sequence[Mapping[str, Any]], task: Task, pair: Pair, config: EvalZeroshotConfig, ranks: Ranks
+) -> dict[str, Any]:  # fmt: skip
+    """Top-1 and top-5 in percent with Wilson 95 % intervals, over the images that have an answer; for known benchmarks the mean per class.
 
     Raises:
         DataError: No image has one.
@@ -323,22 +251,30 @@ def summarise(
     answered = [row for row in rows if "missing" not in row]
     if not answered:
         raise DataError(f"none of {len(rows)} images could be read; the first: {rows[0]['missing']}")
-    metrics = {}
-    for name in ("top1", "top5"):
-        right, n = sum(row[name] for row in answered), len(answered)
-        low, high = wilson(right, n)
-        metrics[name] = {"value": round(100 * right / n, 4), "ci95": [round(100 * low, 4), round(100 * high, 4)], "n": n}
+    metrics = {name: share_metric(sum(row[name] for row in answered), len(answered)) for name in ("top1", "top5")}
+    known = SETS[task.name]
+    if task.name not in OWN:
+        metrics["mean_per_class"] = mean_per_class(answered, task.data)
+    notes = [*task.data.notes, *([known.note] if known.note else [])]
+    if known.images and known.images != len(rows):
+        notes.append(f"{len(rows)} images; the whole benchmark has {known.images}")
+    twice = len(task.data.names) - len(set(task.data.names))
+    if twice:
+        notes.append(f"{twice} class names occur twice: their classes tie, and a tie is wrong")
     return {
-        "benchmark": config.benchmark,
+        "benchmark": task.name,
         "model": config.encoder,
         "protocol": {
-            "text_tower": tower.name,
-            "prompts": prompts,
-            "templates": len(load_templates(prompts)),
-            "classes": len(data.names),
-            "images": os.path.relpath(data.root, config.out),
+            "text_tower": pair.tower.name,
+            "prompts": task.prompts,
+            "templates": len(task.templates),
+            "classes": len(task.data.names),
+            "images": relative(task.data.root, task.folder.path),
             "ties": "counted against the right class",
             "interval": "Wilson, 95 %",
+            "precision": config.precision,
+            "processes": ranks.count,
+            **({"notes": notes} if notes else {}),
         },
         "n": len(answered),
         "metrics": metrics,
@@ -347,12 +283,43 @@ def summarise(
     }
 
 
-def encoder_card(encoder: VisionEncoder) -> dict[str, Any]:
-    """What the report says of the encoder."""
-    c = encoder.config
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return {"architecture": c.architecture, "origin": c.origin, "joint_width": c.joint_width, "image_spec": c.image_spec,
-            "text_tower": c.text_tower, "training": c.training, "parameters": parameters}  # fmt: skip
+def mean_per_class(answered: Sequence[Mapping[str, Any]], data: LabelledImages) -> dict[str, Any]:
+    """Top-1 of each class, averaged over the classes that have images (balanced accuracy)."""
+    label_of = dict(zip(data.paths, data.labels, strict=True))
+    right: dict[int, list[int]] = {}
+    for row in answered:
+        right.setdefault(label_of[row["question_id"]], []).append(row["top1"])
+    return mean_of_shares([(sum(hits) / len(hits), len(hits)) for hits in right.values()])
+
+
+def write_mean(out: Path, summaries: Mapping[str, Mapping[str, Any]], config: EvalZeroshotConfig) -> None:
+    """Write the plain mean over the benchmarks into a folder of its own: `imagenet_six` where they are UTA's six, else `mean`."""
+    name = "imagenet_six" if tuple(summaries) == IMAGENET_SIX else "mean"
+    metrics: dict[str, Any] = {}
+    for metric in ("top1", "top5"):
+        rows = {key: summary["metrics"][metric] for key, summary in summaries.items()}
+        metrics[metric] = mean_of_shares([(row["value"] / 100, row["n"]) for row in rows.values()])
+        metrics |= {f"{metric}/{key}": row for key, row in rows.items()}
+    first = next(iter(summaries.values()))
+    summary = {
+        "benchmark": name,
+        "model": config.encoder,
+        "protocol": {
+            "benchmarks": list(summaries),
+            "mean": "plain, each benchmark counts alike",
+            "interval": "normal, 95 %, images independent",
+        },
+        "n": sum(summary["n"] for summary in summaries.values()),
+        "metrics": metrics,
+        "seconds": round(sum(summary["seconds"] for summary in summaries.values()), 1),
+        "missing": sum(summary["missing"] for summary in summaries.values()),
+        "encoder": first["encoder"],
+    }
+    folder = EvaluationFolder(out / name, "eval_zeroshot", resume=True)
+    folder.finish(summary)
+    print(
+        f"{name}, {config.encoder}: " + ", ".join(f"{key} {row['value']:.1f} %" for key, row in metrics.items() if key.startswith("top1"))
+    )
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -362,7 +329,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
     )
     missing = f"; {summary['missing']} images could not be read" if summary["missing"] else ""
     over = f"{summary['n']} images, {summary['protocol']['classes']} names"
-    return f"{summary['benchmark']}, {summary['model']}: {figures} over {over}{missing}"
+    notes = "".join(f"\n  {note}" for note in summary["protocol"].get("notes", []))
+    return f"{summary['benchmark']}, {summary['model']}: {figures} over {over}{missing}{notes}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from encoders.text import TextTower
+from encoders.zeroshot_sets import facts
 from mmkit.checkpoint import save_weights
 from mmkit.errors import ConfigError, DataError, find
 from mmkit.minidata import names as mini_names
@@ -35,15 +37,24 @@ MINI_TEMPLATES: tuple[Template, ...] = (
     lambda name: f"a picture of {phrase(name)}",
     lambda name: f"there is {phrase(name)}",
 )
+
+
+def _filled(line: str) -> Template:
+    """Make a function of a line with {} where the class name goes."""
+    return lambda name: line.replace("{}", name)
+
+
 TEMPLATES: Mapping[str, Sequence[Template]] = {
     "mini": MINI_TEMPLATES,
     "openai": OPENAI_IMAGENET_TEMPLATES,
     "name": (lambda name: name,),
+    **{name: tuple(map(_filled, lines)) for name, lines in facts()["prompts"].items()},  # cifar, eurosat, gtsrb, caltech101
 }
+TEXTS_AT_ONCE = 4096  # of a classifier: 80,000 texts are encoded in parts, with progress
 
 
 def load_templates(prompts: str) -> Sequence[Template]:
-    """Give the prompts of a name ("mini", "openai", "name") or of a text file, one a line with {} where the class name goes.
+    """Give the prompts of a name of `TEMPLATES`, or of a text file, one a line with {} where the class name goes.
 
     Raises:
         NameNotFound: Neither a known set nor a file.
@@ -57,7 +68,7 @@ def load_templates(prompts: str) -> Sequence[Template]:
                 raise ConfigError(f"{path}, line {number}: '{line}' has no {{}} for the class name")
         if not lines:
             raise ConfigError(f"{path} has no prompts in it; one a line, with {{}} where the class name goes")
-        return [lambda name, line=line: line.replace("{}", name) for line in lines]  # type: ignore[misc]
+        return [_filled(line) for line in lines]
     return find("prompt set", TEMPLATES, prompts)
 
 
@@ -87,8 +98,17 @@ def zeroshot_weights(encode: Callable[[list[str]], Tensor], classnames: Sequence
     """
     if not classnames or not templates:
         raise DataError(f"a zero-shot classifier of {len(classnames)} classes and {len(templates)} prompts: at least one of each is needed")
-    texts = [template(name) for name in classnames for template in templates]
-    return classifier_from_features(encode(texts).unflatten(0, (len(classnames), len(templates))))
+    step = max(1, TEXTS_AT_ONCE // len(templates))  # classes
+    parts = []
+    with tqdm(
+        total=len(classnames), desc=f"names under {len(templates)} prompts", unit="class", disable=len(classnames) <= step
+    ) as progress:
+        for start in range(0, len(classnames), step):
+            names = classnames[start : start + step]
+            features = encode([template(name) for name in names for template in templates])
+            parts.append(classifier_from_features(features.unflatten(0, (len(names), len(templates)))))
+            progress.update(len(names))
+    return torch.cat(parts, dim=1)
 
 
 def cached_weights(tower: TextTower, classnames: Sequence[str], templates: Sequence[Template]) -> Tensor:

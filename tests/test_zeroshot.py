@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from encoders import eval_zeroshot
-from encoders.eval_zeroshot import find_images
 from encoders.pairs import held_out_drawings
 from encoders.text import MINI_CLIP, load_text_tower
 from encoders.zeroshot import (
@@ -28,6 +27,7 @@ from encoders.zeroshot import (
     zeroshot_ranks,
     zeroshot_weights,
 )  # fmt: skip
+from encoders.zeroshot_sets import own_folders
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.images import ImageError
 from mmkit.minidata import names, world
@@ -255,23 +255,23 @@ def test_a_folder_without_classes_or_images_is_refused(tmp_path: Path, prepare, 
     root.mkdir()
     prepare(root)
     with pytest.raises(DataError, match=complaint):
-        find_images(root)
+        own_folders(root, False)
 
 
 def test_names_come_from_json_from_lines_or_in_sorted_order(pictures: Path, tmp_path: Path) -> None:
     table = tmp_path / "names.json"
     table.write_text(json.dumps({"pizza": "a slice", "cat": "puss", THIRD: "fruit"}))
-    data = find_images(pictures, str(table))
+    data = own_folders(pictures, False, str(table))
     assert [data.names[label] for label in data.labels] == ["puss", "puss", "a slice", "a slice", "fruit", "fruit"]
     lines = tmp_path / "names.txt"
     lines.write_text("one\ntwo\nthree\n")
-    assert [find_images(pictures, str(lines)).names[label] for label in (0, 1, 2)] == ["one", "two", "three"]
+    assert [own_folders(pictures, False, str(lines)).names[label] for label in (0, 1, 2)] == ["one", "two", "three"]
     lines.write_text("cat\npizza\n")
     with pytest.raises(DataError, match=THIRD):
-        find_images(pictures, str(lines))
+        own_folders(pictures, False, str(lines))
     table.write_text(json.dumps({"cat": "puss"}))
     with pytest.raises(DataError, match="pizza"):
-        find_images(pictures, str(table))
+        own_folders(pictures, False, str(table))
 
 
 def test_missing_flags_and_spaceless_encoders_are_named(pictures: Path, tmp_path: Path) -> None:
