@@ -32,6 +32,9 @@ COMMANDS: dict[str, Command] = {
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
     "train contrastive": Command("encoders.train_contrastive:main", "train an image and a text tower on pairs (CLIP)"),
     "train uta": Command("encoders.train_uta:main", "train an encoder on the tokens of a frozen CLIP teacher (unmasked token alignment)"),
+    "train classifier": Command(
+        "encoders.train_classifier:main", "fine-tune an encoder to classify (FT-CLIP), its last blocks, or a head alone"
+    ),
     "train llava": Command(
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
     ),
