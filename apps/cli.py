@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; no training"),
+    "eval classifier": Command("encoders.eval_classifier:main", "top-1 and top-5 of a fine-tuned classifier on any folder of its classes"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes"),

@@ -20,7 +20,10 @@ SOURCES = sorted(path for level in LEVELS for path in (ROOT / level).rglob("*.py
 RECIPES = sorted(path for level in LEVELS for path in (ROOT / level / "recipes").rglob("*.yaml"))
 # Which script a recipe is for stands in its head: "# run  ... encoders/train_uta.py ..." or "# run  mmkit train uta ...".
 EXPECTED_RECIPES = {
-    "encoders": {"mini_clip", "mini_ftclip", "mini_uta", "mini_uta_quick", "uta_vit_b14"},
+    "encoders": {
+        *("ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336"),
+        *("mini_clip", "mini_ftclip", "mini_uta", "mini_uta_quick", "uta_vit_b14"),
+    },
     "llm_stage": {"llava_v15_stage1", "llava_v15_stage2", "mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
 }
 
