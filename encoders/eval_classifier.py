@@ -66,6 +66,8 @@ class SomeLogits(nn.Module):
         labels: The classes kept, in the order wanted.
     """
 
+    labels: Tensor
+
     def __init__(self, network: nn.Module, labels: Sequence[int]) -> None:
         super().__init__()
         self.network = network

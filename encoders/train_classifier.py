@@ -84,6 +84,7 @@ class ClassifierConfig:
     """Settings of a fine-tuning (or linear probe, or training from scratch) for classification."""
 
     lr: float = field(default=6e-4, metadata={"help": "peak learning rate of norm and head; blocks below have it times layer_decay^k"})
+    head_lr: float | None = field(default=None, metadata={"help": "peak learning rate of the head alone; none is lr (the paper's)"})
     layer_decay: float | None = field(default=0.6, metadata={"help": "lr factor from one block to the one below; none is 1"})
     final_lr: float = field(default=1e-6, metadata={"help": "learning rate that the cosine ends at, times the layer's factor"})
     warmup: float = field(default=0.2, metadata={"help": "steps, or share of all steps if below 1; rises from 0"})
@@ -108,7 +109,12 @@ class ClassifierConfig:
             raise ConfigError(f"betas is {self.betas}; AdamW has two, as in [0.9, 0.999]")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ConfigError(f"layer_decay is {self.layer_decay}; a factor in (0, 1] is right, or none")
-        if not 0 <= self.label_smoothing < 1 or not 0 <= self.ema_decay < 1 or self.evaluate_every <= 0 or self.lr <= 0:
+        if (
+            not 0 <= self.label_smoothing < 1
+            or not 0 <= self.ema_decay < 1
+            or self.evaluate_every <= 0
+            or min(self.lr, self.head_lr or 1) <= 0
+        ):
             raise ConfigError(
                 f"label_smoothing {self.label_smoothing}, ema_decay {self.ema_decay}, evaluate_every {self.evaluate_every}, lr {self.lr}: "
                 "two shares from 0 to below 1, and two numbers above 0, are right"
@@ -361,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if augment.mixup or augment.cutmix:
         mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=config.label_smoothing, num_classes=len(classifier.class_names))
 
-    groups = param_groups(network, config.lr, config.weight_decay, layer_decay=config.layer_decay)
+    own_lr = {"head.*": config.head_lr} if config.head_lr else None
+    groups = param_groups(network, config.lr, config.weight_decay, layer_decay=config.layer_decay, lr_by_pattern=own_lr)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
     parts = {name: getattr(network, name) for name in ("patch_embed", "blocks", "head")}
     run.print(trainable_table(network, parts, dict.fromkeys(("patch_embed", "blocks"), classifier.origin)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,7 @@ from encoders.classifier import load_classifier
 from encoders.eval_classifier import main as evaluate
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from encoders.train_classifier import RECIPES, ClassifierConfig, main
-from mmkit.config import load_config
+from mmkit.config import load_config, to_dict
 from mmkit.errors import ConfigError, DataError, NameNotFound
 from mmkit.images import ImageError
 
@@ -243,6 +244,13 @@ def test_fine_tuning_learns_and_an_encoder_of_it_can_be_tuned_again(material: Pa
     assert summary(first)["protocol"]["method"] == "fine-tuning"
 
 
+def test_a_head_may_have_its_own_lr(material: Path, tmp_path: Path) -> None:
+    folder = main(flags(material, tmp_path / "run", "--head_lr", "1e-2", "--run.steps", "3", "--data.test", ""))
+    state = torch.load(folder / "checkpoints" / "step_00000003" / "optimizer.pt", weights_only=True)
+    peaks = sorted({group["initial_lr"] for group in state["optimizer"]["param_groups"]})
+    assert peaks == pytest.approx([1e-3 * 0.6**3, 1e-3 * 0.6**2, 1e-3 * 0.6, 1e-3, 1e-2])
+
+
 def test_mixup_trains_on_shares(material: Path, tmp_path: Path) -> None:
     mixed = main(flags(material, tmp_path / "mixed", "--augment.mixup", "0.8", "--augment.cutmix", "1.0", "--run.steps", "2"))
     again = main(flags(material, tmp_path / "again", "--augment.mixup", "0.8", "--augment.cutmix", "1.0", "--run.steps", "2"))
@@ -334,7 +342,7 @@ def test_bad_pictures_stop_or_are_counted(material: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*ftclip*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_ftclip_trains_at_tiny_size(path: Path, material: Path, tmp_path: Path) -> None:
     config = load_config(ClassifierConfig, ["--recipe", str(path)])
-    assert config.network.pooling == "norm_then_mean"
+    assert config.network.pooling == ("cls" if path.stem.startswith("mini") else "norm_then_mean")
     assert config.run.steps > 0 or config.run.epochs > 0
     tiny = [
         "--network.image_size",
@@ -377,3 +385,20 @@ def test_classes_without_a_folder_do_not_compete(material: Path, run: Path, tmp_
     assert {len(row["nearest"]) for row in rows["all"]} == {3}
     with pytest.raises(DataError, match="no classifier folder"):
         evaluate([*arguments, "--model", str(run), "--out", str(tmp_path / "x")])
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES.parent / "sweeps").glob("*ftclip*.yaml")), ids=lambda path: path.stem)
+def test_every_row_of_an_ftclip_table_is_a_setting_of_its_own(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    assert sweep["script"] == "encoders/train_classifier.py"
+    seen: dict[str, str] = {}
+    for name, overrides in sweep["rows"].items():
+        words = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in {**sweep["common"], **overrides}.items()
+        ]
+        config = load_config(ClassifierConfig, ["--recipe", sweep["recipe"], *words], recipe_dir=RECIPES)
+        other = seen.setdefault(json.dumps(to_dict(config), sort_keys=True), name)
+        assert other == name, f"{name} and {other} are the same run"
