@@ -106,13 +106,14 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return math.ceil(steps * warmup) if 0 < warmup < 1 else int(warmup)
 
 
-def cosine_schedule(steps: int, warmup: float = 0, final: float = 0.0) -> Schedule:
+def cosine_schedule(steps: int, warmup: float = 0, final: float = 0.0, *, from_zero: bool = False) -> Schedule:
     """Rise linearly, then fall along half a cosine.
 
     Args:
         steps: Length of the whole training in optimizer steps.
         warmup: Steps of the rise, or its share of `steps` if below 1; the peak is reached in the last of them.
         final: Factor that the cosine ends at (the last step is just above it).
+        from_zero: Begin the rise at 0, a step that changes nothing, and reach the peak right behind it: the form of BEiT and FT-CLIP.
 
     Returns:
         A function from step (0 is the first) to a factor in [0, 1].
@@ -121,7 +122,7 @@ def cosine_schedule(steps: int, warmup: float = 0, final: float = 0.0) -> Schedu
 
     def factor(step: int) -> float:
         if step < rise:
-            return (step + 1) / rise
+            return (step if from_zero else step + 1) / rise
         progress = min(1.0, (step - rise) / max(1, steps - rise))
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
