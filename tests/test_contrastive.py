@@ -103,7 +103,7 @@ def test_two_processes_equal_one_in_loss_and_gradient(tmp_path: Path) -> None:
     captions[6] = captions[1]  # a double across the ranks
     data = {"images": torch.randn(8, 12), "texts": torch.randn(8, 12), "weight": torch.randn(12, 6), "captions": captions}
     torch.save(data, tmp_path / "data.pt")
-    context = multiprocessing.get_context("fork")  # no second import of everything
+    context = multiprocessing.get_context("spawn")  # autograd, used by the tests before, forbids fork
     children = [context.Process(target=_one_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
     for child in children:
         child.start()

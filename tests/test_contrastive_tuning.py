@@ -182,7 +182,7 @@ def _rank(rank: int, port: int, arguments: list[str]) -> None:
 
 def test_two_processes_equal_one(material: Path, tuned: Path, tmp_path: Path, free_port: int) -> None:
     arguments = flags(material, tmp_path / "two", "--micro_batch_size", "2", "--gradient_accumulation_steps", "2")
-    context = multiprocessing.get_context("fork")  # no second import of everything
+    context = multiprocessing.get_context("spawn")  # autograd, used by the tests before, forbids fork
     children = [context.Process(target=_rank, args=(rank, free_port, arguments)) for rank in range(2)]
     for child in children:
         child.start()

@@ -32,7 +32,7 @@ from mmkit.minidata.world import SIZE, render, sample_scene
 
 FORMAT = 2  # raised when the same seed and scale give other bytes than before
 SCENES = {"train": 6000, "val": 300, "test": 500, "unseen": 200}
-RENDERINGS = {"train": 16, "val": 2, "test": 4, "unseen": 4}  # of each drawing alone
+RENDERINGS = {"train": 24, "val": 2, "test": 4, "unseen": 4}  # of each drawing alone
 WORD_PICTURES = {"train": 1200, "val": 120, "test": 300}
 _OBJECTS = (0, *(1,) * 7, *(2,) * 4, *(3,) * 3, *(4,) * 3, *(5,) * 2)  # 0: a word alone
 _WORD_SHARE = 0.25
