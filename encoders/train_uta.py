@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     spec, num_patches = student.encoder.spec, student.encoder.num_patches
     masks = Masks(config.mask, student.encoder.grid, config.run.seed)
     run = Run(config.run, name="uta", settings=config)
-    teacher.to(run.device, torch.bfloat16 if config.run.precision == "bf16" else None)
+    teacher.to(run.device, torch.bfloat16 if config.run.precision == "bf16" else None, compiled=config.encoder.compile or None)
     dataset = open_images(config, max(spec, teacher.spec, key=lambda spec: spec.size), masks, run)
 
     groups = param_groups(student, config.lr, config.weight_decay)
@@ -260,7 +260,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run.print(bound.describe())
     if config.encoder.compile:
         student.compile_tokens()
-        teacher.encoder.tokens = torch.compile(teacher.encoder.tokens)  # type: ignore[method-assign]
     model, optimizer = run.prepare(student, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), config.warmup, config.final_lr / config.lr))
 

@@ -113,8 +113,8 @@ def llava_instruct(scenes: Sequence[Numbered], per_image: int = 2, text_share: f
     return rows
 
 
-# How many answers each form of question has, roughly: what "evenly spread" is measured against.
-_SPREAD = {"object": 574, "presence": 2, "count": 5, "count of a name": 5, "colour": 9, "relation": 4, "relation, yes or no": 2, "word": 60}
+# How many answers each form of question has, roughly: what "evenly spread" is measured against. For "object" it is the names there are.
+_SPREAD = {"presence": 2, "count": 5, "count of a name": 5, "colour": 9, "relation": 4, "relation, yes or no": 2, "word": 60}
 
 
 def form_of(question: Question) -> str:
@@ -137,12 +137,13 @@ def choose_questions(scenes: Sequence[Numbered], per_image: int = QUESTIONS_PER_
     for item in scenes:
         rng = item.generator(4)
         left = questions(item.scene, rng, item.pool)
+        spread = {**_SPREAD, "object": len(item.pool)}
         for _ in range(per_image):
             if not left:
                 break
             best = min(
                 left,
-                key=lambda question: kinds[question.kind] + 2 * _SPREAD[form_of(question)] * answers[form_of(question), question.answer],
+                key=lambda question: kinds[question.kind] + 2 * spread[form_of(question)] * answers[form_of(question), question.answer],
             )
             kinds[best.kind] += 1
             answers[form_of(best), best.answer] += 1
