@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from mmkit.report_data import RunData, Training
 
 WIDTH, HEIGHT = 360, 224
-LEFT, RIGHT, TOP, BOTTOM = 40, 50, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 40, 58, 12, 36
 MAX_POINTS = 400  # more are not seen at this width
 COLOURS = 6  # --c0 .. --c5 of the style sheet
 _SMOOTH = 0.04  # share of the run that a point of the strong line averages over
