@@ -30,7 +30,7 @@ from mmkit.errors import ConfigError, MMKitError, TrainingError, find
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [ROOT / package / "sweeps" for package in ("encoders", "llm_stage")]
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # how `Run` leaves after Ctrl-C and SIGTERM
 
 
 @dataclass
@@ -254,10 +254,10 @@ def attempt(job: Job, config: SweepConfig, journal: "Journal") -> str:
     try:
         start(job.script, (*job.argv, *going_on), config.launcher if job.name == "train" else "")
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code not in (INTERRUPTED, None, 0):
+        if isinstance(stop, SystemExit) and stop.code not in (INTERRUPTED, TERMINATED, None, 0):
             return f"it left with code {stop.code}"
         print("\nstopped; the same command goes on with it", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(TERMINATED if isinstance(stop, SystemExit) and stop.code == TERMINATED else INTERRUPTED) from None
     except MMKitError as error:
         return str(error)
     except Exception as error:  # a fault in one row: the others may be well

@@ -434,6 +434,9 @@ class Run:
 
         Returns:
             The run folder.
+
+        Raises:
+            SystemExit: Ctrl-C or SIGTERM came in the last step: all is done and written, but whoever called may have more to do.
         """
         self.save()
         if self.is_main:
@@ -441,4 +444,7 @@ class Run:
         if self.config.trackers:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
+        if self._stop_signal:
+            self.print(f"{self.name}: finished, with its last step")
+            sys.exit(128 + self._stop_signal)
         return self.folder

@@ -199,7 +199,9 @@ def served() -> Iterator[str]:
         llm.get_input_embeddings().weight.mul_(10)  # spreads the logits: a random model repeats one token for ever otherwise
     model, processor = build_llava(tiny_tower(), (llm, tokenizer))
     chat = ChatModel(model.eval(), processor, ChatFormat(processor.tokenizer, "own"), "tiny")
-    slow = Scripted("slow", " ".join(f"word{number}" for number in range(120)), 0.05)
+    slow = Scripted(
+        "slow", " ".join(f"word{number}" for number in range(6000)), 0.05
+    )  # it never comes to its end, however long a busy machine takes to press Stop
     shelf = ModelShelf([chat, slow, Scripted("broken", error=RuntimeError("the tower's <b>width</b> does not fit"))])
     blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in ("red", "green", "blue")])
     yield demo.launch(blocks)
@@ -248,7 +250,7 @@ def test_upload_ask_stream_stop_in_a_browser(served: str, watched: Any, width: i
     assert page.locator(".mm-ask img").count() == 1
     page.click("#mm-stop-button")
     page.wait_for_selector(".mm-answer:nth-child(2).mm-stopped >> text=word3")
-    assert "word119" not in page.inner_text(".mm-answer:nth-child(2)")
+    assert "word5999" not in page.inner_text(".mm-answer:nth-child(2)")
 
     page.wait_for_selector("#mm-ask-button:not([disabled])")
     page.click("#mm-presets button >> nth=1")  # a preset asks at once

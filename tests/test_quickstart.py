@@ -199,7 +199,16 @@ def test_wrong_settings_name_what_is_right() -> None:
 @pytest.mark.timeout(1500)
 def test_the_whole_job_interrupted_by_ctrl_c_goes_on_where_it_was(tmp_path: Path, child_environment: dict[str, str]) -> None:
     out = tmp_path / "quick"
-    command = [sys.executable, "-m", "apps.cli", "quickstart", "--out", str(out), "--scale", "0.003"]
+    command = [
+        sys.executable,
+        "-m",
+        "apps.cli",
+        "quickstart",
+        "--out",
+        str(out),
+        "--scale",
+        "0.015",
+    ]  # nine steps of stage 2: time for Ctrl-C to come in one that is not the last
     environment = {**child_environment, "PYTHONUNBUFFERED": "1"}
     environment.pop("OMP_NUM_THREADS", None)
 
@@ -231,9 +240,9 @@ def test_the_whole_job_interrupted_by_ctrl_c_goes_on_where_it_was(tmp_path: Path
     steps = [json.loads(line)["step"] for line in (out / "work" / "llava_clip_stage2" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))  # resumed, not begun again
 
-    refused = subprocess.run([*command[:-1], "0.004"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run([*command[:-1], "0.016"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2
-    assert "was made with other settings: scale 0.003 (now 0.004)" in refused.stderr
+    assert "was made with other settings: scale 0.015 (now 0.016)" in refused.stderr
 
 
 def interrupt_when_training(child: "subprocess.Popen[str]", folder: Path) -> None:

@@ -242,6 +242,13 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_130(tmp_path: Path, child_envi
     assert numbers(train(tmp_path / "run", *flags, "--resume")) == numbers(train(tmp_path / "whole", *flags))
 
 
+def test_ctrl_c_in_the_last_step_lets_the_run_finish_and_still_ends_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", "--micro_batch_size", "4", "--steps", "5", "--signal_at", "4")
+    assert stop.value.code == 130
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["state"] == "finished"
+
+
 def test_nan_names_term_step_and_micro_batch(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"loss term 'double' is nan at step 4, micro-batch 1 of 2, rank 0; .*the batch is in"):
         train(tmp_path / "run", "--micro_batch_size", "4", "--gradient_accumulation_steps", "2", "--nan_at", "3")

@@ -76,7 +76,10 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(data: Path, tmp_path: Pa
     assert "Failed:" in (tmp_path / "out" / "sweep.md").read_text()
 
 
-def test_an_interrupted_training_is_gone_on_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_training_is_gone_on_with(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: BaseException, code: int
+) -> None:
     arguments = flags(data, tmp_path / "out", "--only", "uta", "--seeds", "0", "--common.run.steps", "4", "--common.run.save_every", "2")
     from encoders.teachers import Teacher
 
@@ -84,14 +87,14 @@ def test_an_interrupted_training_is_gone_on_with(data: Path, tmp_path: Path, mon
 
     def interrupted(self: Teacher, images: object) -> object:
         if next(calls) == 2:
-            raise KeyboardInterrupt
+            raise how
         return tokens(self, images)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "tokens", interrupted)
         with pytest.raises(SystemExit) as stop:
             sweep.main(arguments)
-    assert stop.value.code == 130
+    assert stop.value.code == code
     seen: list[int] = []
     monkeypatch.setattr(Teacher, "tokens", lambda self, images: (seen.append(1), tokens(self, images))[1])
     sweep.main(arguments)
