@@ -29,6 +29,7 @@ from encoders.text import quiet_open_clip
 from encoders.text_folder import IN_THIS_FOLDER, TEXT_FOLDER
 from mmkit.checkpoint import load_strict, load_weights
 from mmkit.errors import ConfigError, DataError, NameNotFound
+from mmkit.images import ImageSpec
 from mmkit.trainable import trainable_table
 
 MINI_CLIP = Path(__file__).parent / "data" / "mini_clip"
@@ -123,21 +124,26 @@ def describe(encoder: VisionEncoder) -> str:
     )
 
 
-def export_timm(encoder: VisionEncoder, folder: Path) -> None:
-    """Write the network inside as a plain timm checkpoint: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
-
-    timm's `pretrained_cfg` is rewritten from the encoder's image spec: a model's own entry keeps the sizes it was registered with.
-    """
-    spec, config = encoder.spec, encoder.config
-    cfg = {
+def timm_config_of(spec: ImageSpec, num_classes: int) -> dict[str, Any]:
+    """Put an image spec into the words of timm's `pretrained_cfg`."""
+    return {
         "input_size": (3, spec.size, spec.size),
         "mean": spec.mean,
         "std": spec.std,
         "interpolation": spec.interpolation,
         "crop_pct": spec.crop_pct,
         "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[spec.resize],
-        "num_classes": encoder.network.num_classes,
+        "num_classes": num_classes,
     }
+
+
+def export_timm(encoder: VisionEncoder, folder: Path) -> None:
+    """Write the network inside as a plain timm checkpoint: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+
+    timm's `pretrained_cfg` is rewritten from the encoder's image spec: a model's own entry keeps the sizes it was registered with.
+    """
+    spec, config = encoder.spec, encoder.config
+    cfg = timm_config_of(spec, encoder.network.num_classes)
     network: Any = encoder.network
     dropper, network.patch_drop = network.patch_drop, nn.Identity()  # stateless; only so that nothing of ours is in the pickle-free export
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.architectures import MINI_VIT_ARGS, MINI_VIT_ENTRY
-from encoders.catalog import load_encoder
+from encoders.catalog import load_encoder, timm_config_of
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from mmkit.checkpoint import load_strict, load_weights
 from mmkit.errors import ConfigError, DataError
@@ -225,16 +225,7 @@ def save_classifier(classifier: Classifier, state: Mapping[str, Tensor], folder:
     """
     spec, network = classifier.spec, fresh_network(classifier)
     load_strict(network, state, "the trained classifier")
-    network.pretrained_cfg = {
-        **network.pretrained_cfg,
-        "input_size": (3, spec.size, spec.size),
-        "mean": spec.mean,
-        "std": spec.std,
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.crop_pct,
-        "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[spec.resize],
-        "num_classes": len(classifier.class_names),
-    }
+    network.pretrained_cfg = {**network.pretrained_cfg, **timm_config_of(spec, len(classifier.class_names))}
     for key in ("label_names", "label_descriptions", "label_offset"):
         network.pretrained_cfg.pop(key, None)
     names = {"label_names": list(classifier.class_names)}

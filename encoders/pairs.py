@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ class DrawnPairs:
         return scene, caption(scene, rng)
 
 
-class FilePairs:
+class FilePairs(ABC):
     """What pairs from files have in common: crops as bytes, and what becomes of bad ones. Subclasses say `__len__`, `caption`, `_open`, `_name`.
 
     Args:
@@ -106,18 +107,21 @@ class FilePairs:
         self.on_bad_sample, self.bad_list = on_bad_sample, bad_list
         self.bad: dict[str, str] = {}
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Give the number of pairs."""
 
+    @abstractmethod
     def caption(self, epoch: int, index: int) -> str:
         """Give the caption this pair has in this epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _open(self, index: int) -> Image.Image:
-        raise NotImplementedError
+        """Read the picture of a pair."""
 
+    @abstractmethod
     def _name(self, index: int) -> str:
-        raise NotImplementedError
+        """Give what a message calls the pair."""
 
     def get(self, epoch: int, index: int) -> Pair:
         """Give a picture uint8 [3, S, S] and its caption.
