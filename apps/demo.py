@@ -20,6 +20,7 @@ from PIL import Image
 
 from apps import demo_page
 from apps.chat_session import Answerer, ChatSession, Limits, ModelShelf
+from apps.quickstart_plan import SCENE_DRAWINGS
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError, MMKitError
 from mmkit.images import open_image
@@ -263,13 +264,13 @@ def quickstart_models() -> list[str]:
 
 
 def example_images(count: int, seed: int = 7) -> list[Image.Image]:
-    """Draw some scenes of the embedded world: one to four objects each, now and then a word."""
+    """Draw some scenes of the quickstart's world: one to four objects each, now and then a word."""
     import numpy as np
 
     from mmkit.minidata import world
-    from mmkit.minidata.names import object_names
+    from mmkit.minidata.names import evenly, object_names
 
-    images, names = [], object_names("trained")
+    images, names = [], evenly(object_names("trained"), SCENE_DRAWINGS)  # what the quickstart's models have met
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         scene = world.sample_scene(rng, names, 1 + number % 4, 1.0 if number % 4 == 1 else 0.0)

@@ -26,7 +26,7 @@ from mmkit.errors import ConfigError, DataError
 from mmkit.minidata import formats
 from mmkit.minidata.formats import SCENE_SPLITS, Numbered
 from mmkit.minidata.language import caption
-from mmkit.minidata.names import object_names
+from mmkit.minidata.names import evenly, object_names
 from mmkit.minidata.sheet import contact_sheet
 from mmkit.minidata.world import SIZE, render, sample_scene
 
@@ -131,17 +131,12 @@ def _check_complete(out: Path, config: MiniDataConfig) -> None:
         raise DataError(f"--resume: {out} was made with other settings: {'; '.join(different)}. Give --overwrite, or another --out")
 
 
-def _some(names: list[str], count: int) -> list[str]:
-    """As many names as asked for, evenly over the table (0: all)."""
-    return [names[position * len(names) // count] for position in range(count)] if count else names
-
-
 class _Builder:
     """One build into one empty folder."""
 
     def __init__(self, folder: Path, config: MiniDataConfig) -> None:
         self.folder, self.config, self.seed, self.scale = folder, config, config.seed, config.scale
-        self.trained, self.unseen = _some(object_names("trained"), config.drawings), _some(object_names("unseen"), config.drawings and 6)
+        self.trained, self.unseen = evenly(object_names("trained"), config.drawings), evenly(object_names("unseen"), config.drawings and 6)
         self.made: set[Path] = set()
         self.hashes: dict[str, str] = {}
         self.pictures: dict[str, list[str]] = {}
@@ -187,7 +182,7 @@ class _Builder:
         self.hashes[path] = self._write(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode())
 
     def _scenes(self, split: str) -> Iterator[Numbered]:
-        names = self._names(split) if split == "unseen" else _some(self.trained, self.config.scene_drawings)
+        names = self._names(split) if split == "unseen" else evenly(self.trained, self.config.scene_drawings)
         for index in _progress(range(self._scaled(SCENES[split])), f"scenes, {split}"):
             rng = np.random.default_rng((self.seed, 0, SCENE_SPLITS.index(split), index))
             count = _OBJECTS[int(rng.integers(len(_OBJECTS)))]

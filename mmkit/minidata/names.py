@@ -100,6 +100,11 @@ def object_names(split: Split = "trained") -> list[str]:
     return [row.name for row in table().values() if row.split == split]
 
 
+def evenly(names: list[str], count: int) -> list[str]:
+    """As many names as asked for, evenly over the list (0: all)."""
+    return [names[position * len(names) // count] for position in range(count)] if count else names
+
+
 def category(name: str) -> str:
     """What the object is: "animal", "food", "vehicle", ..."""
     return lookup(name).category
