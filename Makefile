@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# Spinning OpenMP threads made small trainings ten times slower on busy cores; on idle ones a short spin is a third faster than none.
+# Spinning OpenMP threads made small trainings ten times slower on busy cores; on idle ones a short spin is up to a third faster than none.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT  := 5000
 # Nothing is fetched from a hub at run time; unset it to use hub names.

@@ -42,7 +42,7 @@ class _AlongWithTransformers(MetaPathFinder):
 
 
 # Read when torch is loaded, so it counts where mmkit comes first, as in `mmkit ...`. OpenMP's threads spin while they wait: with as many
-# threads as cores and any other busy process, small trainings became ten times slower. Not spinning at all costs a third on idle cores,
+# threads as cores and any other busy process, small trainings became ten times slower. Not spinning at all costs up to a quarter on idle cores,
 # where the next bit of work comes within microseconds: so GNU's OpenMP, which torch brings on Linux, may spin that long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
