@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,83 +29,15 @@ from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
+from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.launch import read_deepspeed_block
 from mmkit.optim import cosine_schedule, param_groups
-from mmkit.run import Run, RunConfig
+from mmkit.run import Run
 from mmkit.trainable import trainable_table, weights_hash
 
 RECIPES = Path(__file__).parent / "recipes"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class DataSettings:
-    """What is trained on."""
-
-    json: str = field(default="", metadata={"help": "LLaVA JSON or JSONL: id, image, conversations"})
-    images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
-    max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
-    on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
-    check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters in the LLM, in stage 2."""
-
-    rank: int = field(default=0, metadata={"help": "0 trains the whole LLM"})
-    alpha: int = field(default=16, metadata={"help": "scale is alpha / rank"})
-    dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
-    # peft's own "all-linear" would also hit tower and projector
-    targets: str = field(
-        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", metadata={"help": "regular expression over module names"}
-    )
-
-
-@dataclass
-class LlavaSettings:
-    """One stage of LLaVA."""
-
-    stage: Literal[1, 2] = field(default=1, metadata={"help": "1 trains the projector, 2 projector and LLM"})
-    encoder: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
-    llm: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
-    pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
-    projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
-    feature_layer: int = field(default=-2, metadata={"help": "hidden state of the encoder that is read"})
-    select: Literal["auto", "default", "full"] = field(default="auto", metadata={"help": "default drops the CLS token, full keeps all"})
-    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
-    system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
-    lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
-    projector_lr: float = field(default=1e-3, metadata={"help": "peak, of the projector"})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the steps (below 1), or steps"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "of the LLM only: less memory, a third more time"})
-    weights: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "dtype of all weights; bf16 halves frozen parts too"})
-    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss"})
-    data: DataSettings = field(default_factory=DataSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def validate(self) -> None:
-        """Refuse what cannot be trained.
-
-        Raises:
-            ConfigError: The message names the setting.
-        """
-        if not (self.pretrained or (self.encoder and self.llm)):
-            raise ConfigError("which parts? --encoder NAME_OR_FOLDER and --llm NAME_OR_FOLDER, or in stage 2 --pretrained STAGE1_RUN/model")
-        if not self.data.json:
-            raise ConfigError("which data? --json FILE (LLaVA JSON) and --images FOLDER; `mmkit data mini --out DIR` makes a small set")
-        if self.stage == 1 and self.lora.rank:
-            raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
-        if self.lora.rank < 0 or self.data.max_length < 1:
-            raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
-        if read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {}).get("stage") == 3:
-            # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
-            raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
