@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from mmkit.config import find_recipe, read_recipe
@@ -238,7 +239,7 @@ Together = tuple[list[str], list[str]]
 
 def _recipe(words: Sequence[str]) -> dict[str, object]:
     """The top level of the recipes on the command line."""
-    names = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--recipe"]
+    names = [after for word, after in pairwise([*words, ""]) if word == "--recipe"]
     names += [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
     merged: dict[str, object] = {}
     for name in names:
@@ -250,16 +251,16 @@ def _recipe(words: Sequence[str]) -> dict[str, object]:
 def _stage_of(given: Mapping[str, str], words: Sequence[str]) -> int:
     if "tune_mm_mlp_adapter" in given:
         return 1 if given["tune_mm_mlp_adapter"].lower() == "true" else 2
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in pairwise([*words, ""]):
         if word == "--stage" or word.startswith("--stage="):
             return int((word.partition("=")[2] or after) == "2") + 1
-    return 1 if _recipe(words).get("stage") == 1 else 2
+    return 2 if _recipe(words).get("stage", 2 if "model_name_or_path" in given else 1) == 2 else 1
 
 
 def _stage(given: Mapping[str, str], ours: set[str], words: Sequence[str]) -> Together:
     """Without tune_mm_mlp_adapter LLaVA trains the LLM too."""
     said = {"tune_mm_mlp_adapter", "stage"} & {*given, *ours} or "stage" in _recipe(words)
-    return ([], []) if said else (["--stage", "2"], [])
+    return ([], []) if said or "model_name_or_path" not in given else (["--stage", "2"], [])
 
 
 def _precision(given: Mapping[str, str], ours: set[str], words: Sequence[str]) -> Together:
