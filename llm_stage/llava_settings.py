@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from mmkit.deepspeed_block import refuse_contradictions
 from mmkit.errors import ConfigError
 from mmkit.launch import read_deepspeed_block
 from mmkit.run_config import RunConfig
@@ -110,12 +111,11 @@ class LlavaSettings:
         self._check_deepspeed()
 
     def _check_deepspeed(self) -> None:
+        lr = self.projector_lr if self.stage == 1 else self.lr
+        refuse_contradictions(self.run, schedule="cosine", optimizer={"lr": lr, "weight_decay": self.weight_decay})
         zero = read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {})
         if zero.get("stage") == 3 and self.lora.quantize != "none":
             raise ConfigError(
                 f"lora.quantize {self.lora.quantize} with run.deepspeed.zero_optimization.stage 3: ZeRO-3 would cut up 4-bit weights, whose "
                 "scales do not travel with them; 2 is right for QLoRA (--deepspeed zero2)"
             )
-        if zero.get("stage") == 3:
-            # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
-            raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")
