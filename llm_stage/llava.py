@@ -90,6 +90,13 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     return TowerGeometry(spec, patches, prefix, patch)
 
 
+def with_resize(tower: PreTrainedModel, resize: str) -> PreTrainedModel:
+    """Let a VisionEncoder's pictures become square in another way than its own: "crop", "squash" or "pad"; "own" changes nothing."""
+    if resize != "own":
+        tower.config.image_spec = {**tower.config.image_spec, "resize": resize}
+    return tower
+
+
 def choose_select(geometry: TowerGeometry, select: Literal["auto", "default", "full"], source: str) -> Select:
     """Settle which tower tokens are used, and refuse the choices that lose patches or keep registers silently.
 
@@ -280,7 +287,8 @@ def set_stage(model: LlavaForConditionalGeneration, train_llm: bool) -> None:
         model.model.multi_modal_projector.linear_2.requires_grad_(False)
     for part in (model.model.language_model, model.lm_head):
         if train_llm:
-            part.requires_grad_(True)
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights take no gradient
         else:
             freeze(part)
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders.catalog import load_encoder
-from llm_stage.llava import build_llava, check_image_tokens
+from llm_stage.llava import build_llava, check_image_tokens, with_resize
+from llm_stage.llms import load_llm
 from mmkit.checkpoint import atomic_folder, load_strict, load_weights, save_weights
 from mmkit.errors import ConfigError, DataError
 from mmkit.trainable import weights_hash
@@ -45,6 +46,8 @@ class LlavaCard:
         projector, feature_layer, select: As for `build_llava`.
         template, system: Of `ChatFormat`.
         stage: 1 or 2.
+        resize: As for `with_resize`.
+        quantization: How the LLM was held in training, if not whole: {"bits": 4, "type": "nf4", "double": true, "dtype": "bf16"}.
         encoder_card: What is known of the encoder: its origin, width, image size, tokens.
         training: Data and steps, for people.
     """
@@ -58,6 +61,8 @@ class LlavaCard:
     template: str = "own"
     system: str | None = None
     stage: int = 1
+    resize: str = "own"
+    quantization: dict[str, Any] = field(default_factory=dict)
     encoder_card: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -229,17 +234,19 @@ def _load_processor(folder: Path) -> LlavaProcessor:
 
 
 def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    tower = load_encoder(card.encoder)
+    tower = with_resize(load_encoder(card.encoder), card.resize)
     found = weights_hash(tower)  # before the cast to dtype
     if found != card.encoder_hash:
         raise DataError(
             f"{folder} was trained with an encoder whose weights hash to {card.encoder_hash[:12]}; {card.encoder} now has {found[:12]}. "
             "Give it back its encoder, or train stage 1 and 2 again with this one"
         )
-    model, processor = build_llava(tower, card.llm, card.projector, card.feature_layer, card.select, dtype=dtype)
+    llm = load_llm(card.llm, dtype, quantization=card.quantization)
+    model, processor = build_llava(tower, llm, card.projector, card.feature_layer, card.select, dtype=dtype)
     if (folder / PROJECTOR).is_file():
         load_projector(model, folder)
         return model, processor
+    model.is_loaded_in_4bit = bool(card.quantization)
     adapted = PeftModel.from_pretrained(model, folder)
     return (adapted.merge_and_unload() if merge else adapted).to(dtype).eval(), processor
 
