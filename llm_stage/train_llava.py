@@ -30,6 +30,7 @@ from llm_stage.conversations import ConversationDataset, check, collate
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llms import load_llm
+from llm_stage.packing import check_packing, packed_batch, row_budget
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.launch import read_deepspeed_block
@@ -49,6 +50,8 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
+    pack: bool = field(default=False, metadata={"help": "rows of a micro-batch one behind the other, not padded; learns the same"})
+    pack_length: int = field(default=0, metadata={"help": "tokens of a packed row; 0 is max_length"})
     check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
 
 
@@ -103,6 +106,8 @@ class LlavaSettings:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
+        if self.data.pack_length < 0:
+            raise ConfigError(f"data.pack_length is {self.data.pack_length}; the tokens of a packed row, or 0 for max_length, are right")
         if read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {}).get("stage") == 3:
             # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
             raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")
@@ -131,11 +136,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
     frozen = frozen_hashes(parts, settings)
-    batch_of = partial(make_batch, parts=parts)
+    budget = (
+        row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
+    )
+    batch_of = partial(make_batch, parts=parts, budget=budget)
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
         check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run.folder)
     wrapped, optimizer = run.prepare(model, optimizer)
+    if budget:
+        with run.accelerator.autocast():
+            check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
     for batch in run.batches(dataset, batch_of, weigh=label_tokens):
         loss, _ = supervised_loss(wrapped, batch)
@@ -242,11 +253,13 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     )  # fmt: skip
 
 
-def make_batch(items: list[Any], parts: Parts) -> dict[str, Any]:
-    """Pad and stack, and see to it that every micro-batch has an image."""
+def make_batch(items: list[Any], parts: Parts, budget: int = 0) -> dict[str, Any]:
+    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image."""
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
+    if budget:
+        return packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
     return with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
 
 
