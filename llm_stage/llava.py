@@ -303,7 +303,8 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
 
     Args:
         model: The LLaVA, bare or wrapped (peft, DDP, DeepSpeed).
-        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w] or None. Labels are not shifted.
+        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w] or None. Labels are not shifted. A packed batch
+            brings position_ids [B, L] and None for attention_mask (see packing.py).
 
     Returns:
         The loss [], and how many tokens it is the mean of.
@@ -323,9 +324,10 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     output = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
+        position_ids=batch.get("position_ids"),
         pixel_values=batch.get("pixel_values"),
         logits_to_keep=keep,
-        use_cache=False,
+        use_cache=False,  # with a cache, packed examples would see each other
     )
     return F.cross_entropy(output.logits.float(), labels[:, 1:][keep[:, :-1]]), count  # logits [count, V]
 

@@ -22,6 +22,8 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
+    pack: bool = field(default=False, metadata={"help": "rows of a micro-batch one behind the other, not padded; learns the same"})
+    pack_length: int = field(default=0, metadata={"help": "tokens of a packed row; 0 is max_length"})
     check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
 
 
@@ -103,6 +105,8 @@ class LlavaSettings:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
+        if self.data.pack_length < 0:
+            raise ConfigError(f"data.pack_length is {self.data.pack_length}; the tokens of a packed row, or 0 for max_length, are right")
         if self.lora.quantize != "none" and not self.lora.rank:
             raise ConfigError(
                 f"lora.quantize {self.lora.quantize} freezes the LLM in 4 bits: give --lora.rank too (64 is QLoRA's), in stage 2"

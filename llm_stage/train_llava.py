@@ -32,6 +32,7 @@ from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_c
 from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
 from llm_stage.original_flags import settings_argv
+from llm_stage.packing import check_packing, packed_batch, row_budget
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
@@ -68,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
     frozen = frozen_hashes(parts, settings)
-    batch_of = partial(make_batch, parts=parts)
+    budget = (
+        row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
+    )
+    batch_of = partial(make_batch, parts=parts, budget=budget)
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
         check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run)
@@ -77,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if settings.compile:
         compile_llm(parts.model)
     wrapped, optimizer = run.prepare(model, optimizer)
+    if budget:
+        with run.accelerator.autocast():
+            check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
     for batch in run.batches(dataset, batch_of, weigh=label_tokens):
         loss, _ = supervised_loss(wrapped, batch)
@@ -184,11 +191,13 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     )  # fmt: skip
 
 
-def make_batch(items: list[Any], parts: Parts) -> dict[str, Any]:
-    """Pad and stack, and see to it that every micro-batch has an image."""
+def make_batch(items: list[Any], parts: Parts, budget: int = 0) -> dict[str, Any]:
+    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image."""
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
+    if budget:
+        return packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
     return with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
 
 

@@ -225,7 +225,7 @@ class Run:
         """
         steps = self.plan(dataset)
         c = self.config
-        order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size)
+        order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size, c.group_by_modality)
         progress = Progress(self.name, steps, self.step, self.layout.global_batch_size, self.is_main)
         found = micro_batches(dataset, collate, order, self.layout, self.step, steps, c.num_workers, self.device.type == "cuda")
         with stop_signals(self._asked_to_stop):

@@ -101,6 +101,56 @@ def test_grouping_needs_lengths() -> None:
         StreamOrder(toy_training.ToyData(), seed=0, group=2, global_batch_size=4)
 
 
+class OfKinds(OfLengths):
+    modalities = tuple(index % 3 == 0 for index in range(37))  # 13 of one kind, 24 of the other
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+@pytest.mark.parametrize("size", [4, 5, 16, 50])
+def test_grouped_by_modality_every_epoch_sees_every_item_once_and_mixes_one_step(group: int, size: int) -> None:
+    order = StreamOrder(OfKinds(), seed=3, group=group, global_batch_size=size, by_modality=True)
+    stream = [order(position) for position in range(4 * 37)]
+    for epoch in range(4):
+        assert sorted(index for of, index in stream if of == epoch) == list(range(37))
+    again = StreamOrder(OfKinds(), seed=3, group=group, global_batch_size=size, by_modality=True)
+    assert [again(position) for position in range(3 * 37, 4 * 37)] == stream[3 * 37 :]  # as after a resume
+    if size < 37:
+        other = StreamOrder(OfKinds(), seed=4, group=group, global_batch_size=size, by_modality=True)
+        assert [other(position) for position in range(37)] != stream[:37]
+    if size <= 5:  # larger steps than a kind has samples are mixed, whatever one does
+        kinds = [{OfKinds.modalities[index] for _, index in stream[start : start + size]} for start in range(0, len(stream), size)]
+        assert sum(len(kind) > 1 for kind in kinds) <= 4
+        assert {True} in kinds
+
+
+def test_kinds_take_turns_all_over_the_epoch_and_lengths_are_alike_within_a_step() -> None:
+    class Many:
+        lengths = tuple((index * 7919) % 1009 for index in range(400))
+        modalities = tuple(index % 4 == 0 for index in range(400))
+
+        def __len__(self) -> int:
+            return 400
+
+    order = StreamOrder(Many(), seed=0, group=10, global_batch_size=8, by_modality=True)
+    steps = [[order(place)[1] for place in range(start, start + 8)] for start in range(0, 400, 8)]
+    kinds = [Many.modalities[step[0]] for step in steps]
+    assert 4 <= sum(kinds[:25]) <= 9  # of 12 steps in all
+    spread = [max(Many.lengths[i] for i in step) - min(Many.lengths[i] for i in step) for step in steps]
+    assert sum(spread) / len(spread) < 0.25 * 1009
+
+
+def test_grouping_by_modality_needs_modalities_and_no_order_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="group_by_modality is on, and ToyData says no modalities"):
+        StreamOrder(toy_training.ToyData(), seed=0, global_batch_size=4, by_modality=True)
+
+    class Ordered(OfKinds):
+        def order(self, epoch: int) -> list[int]:
+            return list(range(37))
+
+    with pytest.raises(ConfigError, match="brings its own order"):
+        StreamOrder(Ordered(), seed=0, global_batch_size=4, by_modality=True)
+
+
 def test_seeds_of_neighbours_differ() -> None:
     assert len({derive_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(40)}) == 1000
 
