@@ -32,7 +32,6 @@ from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_c
 from llm_stage.llms import load_llm
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.launch import read_deepspeed_block
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
 from mmkit.trainable import trainable_table, weights_hash
@@ -103,9 +102,6 @@ class LlavaSettings:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
-        if read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {}).get("stage") == 3:
-            # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
-            raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -141,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss, _ = supervised_loss(wrapped, batch)
         run.backward(loss)
         run.log(loss=loss)
-    state = run.accelerator.get_state_dict(wrapped)  # on all ranks
+    state = run.weights()  # on all ranks
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
