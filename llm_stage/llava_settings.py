@@ -120,6 +120,3 @@ class LlavaSettings:
                 f"lora.quantize {self.lora.quantize} with run.deepspeed.zero_optimization.stage 3: ZeRO-3 would cut up 4-bit weights, whose "
                 "scales do not travel with them; 2 is right for QLoRA (--deepspeed zero2)"
             )
-        if zero.get("stage") == 3:
-            # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
-            raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")

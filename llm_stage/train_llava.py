@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss, _ = supervised_loss(wrapped, batch)
         run.backward(loss)
         run.log(loss=loss)
-    state = run.accelerator.get_state_dict(wrapped)  # on all ranks
+    state = run.weights()  # on all ranks
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)

@@ -5,6 +5,7 @@ positions from s * G to (s + 1) * G, G the global batch. They are dealt to micro
 nothing is seen twice.
 """
 
+import math
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -253,3 +254,29 @@ def micro_batches(
         if found.error is not None:
             raise found.error
         yield found
+
+
+def step_batches(
+    source: Iterator[MicroBatch], accumulation: int, weigh: Callable[[Any], float] | None
+) -> tuple[list[MicroBatch], list[float], Exception | None]:
+    """Get one rank's micro-batches of a step.
+
+    Args:
+        source: The micro-batches.
+        accumulation: How many are a step.
+        weigh: Over how many things the loss of a batch is a mean; None counts samples.
+
+    Returns:
+        The micro-batches, their weights, and what went wrong with them. It is not raised: the other ranks have to hear of it.
+    """
+    found: list[MicroBatch] = []
+    weights: list[float] = []
+    try:
+        for m in range(accumulation):
+            found.append(next(source))
+            weights.append(float(weigh(found[m].batch)) if weigh is not None else float(found[m].count))
+            if not math.isfinite(weights[m]) or weights[m] < 0:
+                raise DataError(f"weigh gave {weights[m]} for micro-batch {m + 1} of {accumulation}; a finite number from 0 is right")
+    except Exception as error:
+        return found, weights, error
+    return found, weights, None

@@ -318,6 +318,53 @@ def test_nan_without_a_term_names_the_loss(tmp_path: Path) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+class Reads(torch.overrides.TorchFunctionMode):
+    """Counts how often a tensor's value is asked for: each time, the host would wait for an accelerator."""
+
+    count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(function, "__name__", "") in ("item", "tolist", "__float__", "__bool__", "__int__")
+        return function(*args, **(kwargs or {}))
+
+
+def deferred_run(folder: Path, steps: int, spoilt: int = -1) -> tuple[Run, list[int], torch.nn.Module]:
+    """A run of two micro-batches a step that reads as it would on an accelerator, and how many reads each of its micro-batches made."""
+    config = RunConfig(output_dir=str(folder), steps=steps, micro_batch_size=2, gradient_accumulation_steps=2, log_every=1000)
+    run = Run(config, name="toy", settings=config)
+    run._deferred = True
+    model = toy_training.ToyModel(0.0)
+    wrapped, _ = run.prepare(model, torch.optim.SGD(model.parameters(), 0.1, foreach=False))
+    counts = []
+    for number, batch in enumerate(run.batches(toy_training.ToyData(), toy_training.collate)):
+        loss = wrapped(batch["x"]).square().mean()
+        part = loss * float("nan") if number == spoilt else 2 * loss
+        with Reads() as reads:
+            run.backward(loss + (part if number == spoilt else 0))
+            run.log(part=part)
+        counts.append(reads.count)
+    return run, counts, model
+
+
+def test_an_accelerator_is_waited_for_once_in_a_step(tmp_path: Path) -> None:
+    _, counts, _ = deferred_run(tmp_path / "run", steps=3)
+    assert counts[0::2] == [0, 0, 0]
+    assert counts[1::2] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spoilt, micro_batch", [(4, 1), (5, 2)])
+def test_read_once_in_a_step_a_nan_is_still_named_before_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int, micro_batch: int
+) -> None:
+    steps: list[int] = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *rest: steps.append(1) or step(self, *rest))
+    with pytest.raises(TrainingError, match=rf"loss term 'part' is nan at step 3, micro-batch {micro_batch} of 2, rank 0; loss nan; "):
+        deferred_run(tmp_path / "run", 4, spoilt)
+    assert len(steps) == 2
+    assert (tmp_path / "run" / "nan_00000003" / f"batch_0_{micro_batch - 1}.pt").is_file()
+
+
 def test_a_forgotten_backward_is_an_error(tmp_path: Path) -> None:
     run = Run(RunConfig(output_dir=str(tmp_path / "run"), steps=2, micro_batch_size=4), name="toy", settings=RunConfig())
     model = toy_training.ToyModel(0.0)
