@@ -185,7 +185,7 @@ def _assert_equal(encoder: VisionEncoder, tower: PreTrainedModel, layers: Sequen
     Raises:
         ConfigError: They are not; the message says by how much.
     """
-    size, trunk = encoder.config.image_size, encoder.network
+    size, trunk = encoder.spec.size, encoder.network
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     dtype = trunk.patch_embed.proj.weight.dtype
     try:

@@ -30,6 +30,7 @@ from llm_stage.conversations import ConversationDataset, check, collate
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llms import load_llm
+from llm_stage.original_llava import projector_file
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.launch import read_deepspeed_block
@@ -130,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
+    if run.is_main:
+        parts.card.write(run.folder, run.folder, files=False)  # what a checkpoint needs, besides config.yaml, to be loaded alone
     frozen = frozen_hashes(parts, settings)
     batch_of = partial(make_batch, parts=parts)
     if settings.check_saving and run.is_main and not run.step:
@@ -202,8 +205,14 @@ def assemble(settings: LlavaSettings) -> Parts:
 def _agree(card: LlavaCard, settings: LlavaSettings) -> LlavaCard:
     """Fill what was left open from the stage-1 folder, and hold the rest against it."""
     earlier = read_card(Path(settings.pretrained))
+    if earlier is None and projector_file(Path(settings.pretrained)) is not None:  # LLaVA's mm_projector.bin says nothing of its parts
+        if not (settings.encoder and settings.llm):
+            raise ConfigError(f"{settings.pretrained} is a projector of LLaVA's own, alone: say its --encoder and --llm as well")
+        return card
     if earlier is None:
-        raise ConfigError(f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit: give RUN/model of a stage-1 run")
+        raise ConfigError(
+            f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit (RUN/model of a stage-1 run) and no mm_projector.bin"
+        )
     for name in ("projector", "feature_layer", "select"):
         if getattr(earlier, name) != getattr(card, name):
             raise ConfigError(
