@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -45,6 +46,7 @@ NON_LORA_BIN = "non_lora_trainables.bin"
 TOWER_FOLDER = "vision_tower"
 LLM_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """LLaVA's model_type -> the LLM's own. The first releases said "llava", as transformers' model does now; the mm_* keys tell them apart."""
+LLMS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
 FEATURES: dict[str, Select] = {"patch": "default", "cls_patch": "full"}
 PROJECTOR_KEYS = {
     "mlp2x_gelu": {"0.weight": "linear_1.weight", "0.bias": "linear_1.bias", "2.weight": "linear_2.weight", "2.bias": "linear_2.bias"},
@@ -290,11 +292,12 @@ def _language(folder: Path, original: OriginalConfig, state: Mapping[str, Tensor
     """The LLM inside a whole folder, and its tokenizer."""
     own = {name: tensor for name, tensor in state.items() if "mm_projector." not in name and not name.startswith(_TOWER_PREFIX)}
     values = {key: value for key, value in original.values.items() if not key.startswith(("mm_", "mmkit_", "_name", "torch_dtype"))}
-    values["model_type"] = LLM_TYPES[original.values.get("model_type", "llava")]
-    config = AutoConfig.for_model(**values)
+    kind: Any = LLMS[LLM_TYPES[original.values.get("model_type", "llava")]]
+    values.pop("model_type", None)
+    config = kind.config_class(**values)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, info = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=own, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        model, info = kind.from_pretrained(None, config=config, state_dict=own, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"the LLM in {folder} could not be loaded: {str(error).splitlines()[0]}") from error
     gaps = {kind: sorted(map(str, info.get(f"{kind}_keys") or [])) for kind in ("missing", "unexpected", "mismatched")}
