@@ -32,6 +32,7 @@ from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_c
 from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
 from llm_stage.original_flags import settings_argv
+from llm_stage.original_llava import projector_file
 from llm_stage.packing import check_packing, packed_batch, row_budget
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
+    if run.is_main:
+        parts.card.write(run.folder, run.folder, files=False)  # what a checkpoint needs, besides config.yaml, to be loaded alone
     frozen = frozen_hashes(parts, settings)
     budget = (
         row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
@@ -151,8 +154,14 @@ def assemble(settings: LlavaSettings) -> Parts:
 def _agree(card: LlavaCard, settings: LlavaSettings) -> LlavaCard:
     """Fill what was left open from the stage-1 folder, and hold the rest against it."""
     earlier = read_card(Path(settings.pretrained))
+    if earlier is None and projector_file(Path(settings.pretrained)) is not None:  # LLaVA's mm_projector.bin says nothing of its parts
+        if not (settings.encoder and settings.llm):
+            raise ConfigError(f"{settings.pretrained} is a projector of LLaVA's own, alone: say its --encoder and --llm as well")
+        return card
     if earlier is None:
-        raise ConfigError(f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit: give RUN/model of a stage-1 run")
+        raise ConfigError(
+            f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit (RUN/model of a stage-1 run) and no mm_projector.bin"
+        )
     for name in ("projector", "feature_layer", "select"):
         if getattr(earlier, name) != getattr(card, name):
             raise ConfigError(
