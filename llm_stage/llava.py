@@ -20,6 +20,7 @@ from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoders.catalog import load_encoder
@@ -256,9 +257,13 @@ def check_image_tokens(model: LlavaForConditionalGeneration, processor: LlavaPro
     return features
 
 
-def _without_graph(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _without_graph(tower: nn.Module, config: LlavaConfig, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A frozen tower's forward; features [n, N, C] that it gave before (llm_stage/feature_cache.py) pass as if they came out of it."""
+    if pixel_values.dim() == 3:
+        dropped = 1 if config.vision_feature_select_strategy == "default" else 0  # LLaVA takes off the first token, which is not stored
+        return BaseModelOutputWithPooling(hidden_states={config.vision_feature_layer: F.pad(pixel_values, (0, 0, dropped, 0))})
     with torch.no_grad():
-        return type(tower).forward(tower, *args, **kwargs)
+        return type(tower).forward(tower, pixel_values, *args, **kwargs)
 
 
 def freeze_tower(model: LlavaForConditionalGeneration) -> nn.Module:
@@ -267,7 +272,7 @@ def freeze_tower(model: LlavaForConditionalGeneration) -> nn.Module:
     The third is needed because peft and gradient checkpointing hook the tower's first layer, and a frozen tower then builds a graph.
     """
     tower = freeze(model.model.vision_tower)
-    tower.forward = partial(_without_graph, tower)  # a partial survives deepcopy and pickle; save_pretrained never sees it
+    tower.forward = partial(_without_graph, tower, model.config)  # a partial survives deepcopy and pickle; save_pretrained never sees it
     return tower
 
 
@@ -295,7 +300,8 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
 
     Args:
         model: The LLaVA, bare or wrapped (peft, DDP, DeepSpeed).
-        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w] or None. Labels are not shifted.
+        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w], or features [images, N, D] that the frozen tower
+            gave before, or None. Labels are not shifted.
 
     Returns:
         The loss [], and how many tokens it is the mean of.

@@ -27,11 +27,13 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from encoders.catalog import load_encoder
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
+from llm_stage.feature_cache import CachedImages, TowerFeatures, cached_images, check_cache, feature_key
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llms import load_llm
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.images import ImageError
 from mmkit.launch import read_deepspeed_block
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
@@ -49,6 +51,11 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
+    feature_cache: str = field(default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read"})
+    feature_dtype: Literal["computed", "float16"] = field(
+        default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
+    )
+    rebuild_cache: bool = field(default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again"})
     check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
 
 
@@ -120,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings = load_config(LlavaSettings, argv, recipe_dir=RECIPES)
     parts = assemble(settings)  # before the run folder is made: a wrong name leaves nothing behind
     dataset = make_dataset(settings, parts)
+    if settings.data.feature_cache and not settings.data.rebuild_cache:
+        check_cache(settings.data.feature_cache)
     model: Any = parts.model
     set_stage(model, train_llm=settings.stage == 2)
     if settings.gradient_checkpointing:
@@ -135,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
         check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run.folder)
+    if settings.data.feature_cache:
+        dataset.image_source = open_cache(settings, parts, dataset, run)
+        batch_of = partial(make_batch, parts=parts, blank=dataset.image_source.blank())
     wrapped, optimizer = run.prepare(model, optimizer)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
     for batch in run.batches(dataset, batch_of, weigh=label_tokens):
@@ -242,12 +254,37 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     )  # fmt: skip
 
 
-def make_batch(items: list[Any], parts: Parts) -> dict[str, Any]:
-    """Pad and stack, and see to it that every micro-batch has an image."""
+def open_cache(settings: LlavaSettings, parts: Parts, dataset: ConversationDataset, run: Run) -> CachedImages:
+    """Have the features of all pictures of the data on disk before the first step; the encoder then runs no more.
+
+    Raises:
+        DataError: A picture cannot be read and on_bad_sample is "error", or the cache is damaged.
+        ConfigError: The disk has no room.
+    """
+    data = settings.data
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.run.precision) if run.deepspeed else None
+    compute = TowerFeatures(parts.model, run.device, run.accelerator.autocast, cast)
+    spec = tower_geometry(parts.model.model.vision_tower).spec
+    wanted = {name: item.where for item in reversed(dataset.conversations) for name in item.images}  # the first row that wants it
+    images = cached_images(
+        data.feature_cache, compute, feature_key(compute, parts.card.encoder_hash, spec, data.feature_dtype), wanted,
+        Path(data.images), spec, batch_size=settings.run.micro_batch_size, workers=settings.run.num_workers, rebuild=data.rebuild_cache,
+        rank=run.rank, ranks=run.world_size,
+    )  # fmt: skip
+    if images.broken and data.on_bad_sample == "error":
+        message = next(iter(images.broken.values()))
+        raise ImageError(f"{message}\n  {len(images.broken)} picture(s) in all; --data.on_bad_sample skip leaves their rows out, counted")
+    return images
+
+
+def make_batch(items: list[Any], parts: Parts, blank: Tensor | None = None) -> dict[str, Any]:
+    """Pad and stack, and see to it that every micro-batch has an image; `blank` is what stands for it where features are cached."""
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
-    return with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+    batch = collate(items, pad, config.image_token_id, config.image_seq_length)
+    found = with_dummy_row(batch, config, size, pad)
+    return {**found, "pixel_values": blank} if batch["pixel_values"] is None and blank is not None else found
 
 
 def checkpoint_llm(model: LlavaForConditionalGeneration) -> None:
