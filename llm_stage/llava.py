@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import load_tower
 from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK
 from llm_stage.llms import load_llm
 from mmkit.errors import ConfigError, DataError, find
@@ -45,12 +45,14 @@ class TowerGeometry:
         num_patches: N patch tokens per image.
         num_prefix_tokens: CLS and registers in front of them.
         patch_size: Pixels per patch; what LlavaProcessor computes the token count from.
+        beyond_grid: How many of the N are outside of the square grid that the processor counts: those of further encoders.
     """
 
     spec: ImageSpec
     num_patches: int
     num_prefix_tokens: int
     patch_size: int
+    beyond_grid: int = 0
 
     def image_tokens(self, select: Select) -> int:
         """How many tokens of one image reach the LLM: stock LLaVA drops exactly one under "default", none under "full"."""
@@ -61,7 +63,7 @@ _STOCK_PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> TowerGeometry:
-    """Read a tower's geometry: from mmkit's VisionEncoder, or from a stock CLIP or SigLIP vision model.
+    """Read a tower's geometry: from mmkit's VisionEncoder or JoinedEncoder, or from a stock CLIP or SigLIP vision model.
 
     Args:
         tower: The vision tower.
@@ -70,10 +72,10 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     Raises:
         ConfigError: The tower is of another kind, or its grid is not what its size and patch size say.
     """
-    config = tower.config
+    config, beyond = tower.config, 0
     if hasattr(tower, "num_prefix_tokens") and hasattr(tower, "spec"):
-        spec, patches, prefix = tower.spec, int(tower.num_patches), int(tower.num_prefix_tokens)
-        patch = spec.size // int(tower.grid[0])
+        spec, patches, prefix = tower.spec, int(tower.grid[0]) * int(tower.grid[1]), int(tower.num_prefix_tokens)
+        patch, beyond = spec.size // int(tower.grid[0]), int(tower.num_patches) - patches
     elif config.model_type in _STOCK_PREFIX:
         spec = spec or ImageSpec(size=config.image_size)
         patch, prefix = config.patch_size, _STOCK_PREFIX[config.model_type]
@@ -81,14 +83,14 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     else:
         raise ConfigError(
             f"a vision tower of type {type(tower).__name__} cannot be plugged into LLaVA: give an encoder that "
-            f"encoders.catalog.load_encoder returns, or a stock {' or '.join(_STOCK_PREFIX)}"
+            f"encoders.vision_towers.load_tower returns, or a stock {' or '.join(_STOCK_PREFIX)}"
         )
     if (spec.size // patch) ** 2 != patches:
         raise ConfigError(
             f"the tower gives {patches} patch tokens where {spec.size} px and patches of {patch} px make {(spec.size // patch) ** 2}: "
             "LLaVA's processor counts a square grid; take an encoder with one"
         )
-    return TowerGeometry(spec, patches, prefix, patch)
+    return TowerGeometry(spec, patches + beyond, prefix, patch, beyond)
 
 
 def choose_select(geometry: TowerGeometry, select: Literal["auto", "default", "full"], source: str) -> Select:
@@ -126,7 +128,7 @@ def build_llava(
     """Put an encoder, a fresh projector and an LLM together.
 
     Args:
-        encoder: A name or folder for `load_encoder`, or a loaded tower.
+        encoder: A name or folder for `load_tower`, or a loaded tower.
         llm: A name or folder for `load_llm`, or a loaded causal LM with its tokenizer, which must know `<image>`.
         projector: "mlp2x_gelu" (v1.5) or "linear" (v1).
         feature_layer: Hidden state of the tower that is read; -1 is the last, -2 the one before.
@@ -145,7 +147,7 @@ def build_llava(
     """
     activation = find("projector", PROJECTORS, projector)
     tower_name = encoder if isinstance(encoder, str) else type(encoder).__name__
-    tower = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    tower = load_tower(encoder) if isinstance(encoder, str) else encoder
     language, tokenizer = load_llm(llm, dtype) if isinstance(llm, str) else llm
     geometry = tower_geometry(tower, spec)
     strategy = choose_select(geometry, select, tower_name)
@@ -166,7 +168,7 @@ def build_llava(
         tokenizer=tokenizer,
         patch_size=geometry.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=geometry.num_prefix_tokens,
+        num_additional_image_tokens=geometry.num_prefix_tokens + geometry.beyond_grid,
         chat_template=tokenizer.chat_template,
     )
     check_image_tokens(model, processor)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import folders, load_tower, with_folders
 from llm_stage.llava import build_llava, check_image_tokens
 from mmkit.checkpoint import atomic_folder, load_strict, load_weights, save_weights
 from mmkit.errors import ConfigError, DataError
@@ -68,6 +68,9 @@ class LlavaCard:
             if Path(values[key]).is_dir():
                 values[f"{key}_folder"] = os.path.relpath(values[key], home)
                 values[key] = str(Path(values[key]).absolute())
+        if parts := folders(self.encoder) if not Path(self.encoder).is_dir() else []:  # several encoders, or one at another image size
+            values["encoder_parts"] = {str(Path(part).absolute()): os.path.relpath(part, home) for part in parts}
+            values["encoder"] = with_folders(self.encoder, lambda part: str(Path(part).absolute()))
         (folder / CARD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -86,6 +89,9 @@ def read_card(folder: Path) -> LlavaCard | None:
             near = values.pop(f"{key}_folder", None)
             if near is not None and (folder / near).is_dir():
                 values[key] = os.path.normpath(folder / near)
+        for absolute, near in values.pop("encoder_parts", {}).items():
+            if (folder / near).is_dir():
+                values["encoder"] = values["encoder"].replace(absolute, os.path.normpath(folder / near))
         return LlavaCard(**values)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} is not a card that this version of mmkit wrote: {error}") from error
@@ -229,7 +235,7 @@ def _load_processor(folder: Path) -> LlavaProcessor:
 
 
 def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    tower = load_encoder(card.encoder)
+    tower = load_tower(card.encoder)
     found = weights_hash(tower)  # before the cast to dtype
     if found != card.encoder_hash:
         raise DataError(

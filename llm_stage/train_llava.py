@@ -24,13 +24,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
-from llm_stage.feature_cache import CachedImages, TowerFeatures, cached_images, check_cache, feature_key
+from llm_stage.feature_cache import check_cache
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llms import load_llm
+from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageError
@@ -77,7 +78,10 @@ class LlavaSettings:
     """One stage of LLaVA."""
 
     stage: Literal[1, 2] = field(default=1, metadata={"help": "1 trains the projector, 2 projector and LLM"})
-    encoder: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
+    encoder: str = field(
+        default="", metadata={"help": "name or folder, A+B or tokens:A+B for several; stage 2 takes that of --pretrained if empty"}
+    )
+    image_size: int = field(default=0, metadata={"help": "pixels, for which the encoder's positions are resampled; 0 is its own size"})
     llm: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
     pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
     projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
@@ -108,6 +112,10 @@ class LlavaSettings:
             raise ConfigError("which data? --json FILE (LLaVA JSON) and --images FOLDER; `mmkit data mini --out DIR` makes a small set")
         if self.stage == 1 and self.lora.rank:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
+        if self.image_size < 0 or (self.image_size and not self.encoder):
+            raise ConfigError(
+                f"image_size {self.image_size}: a size of the encoder that --encoder names; stage 2 takes stage 1's if both are empty"
+            )
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
         if read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {}).get("stage") == 3:
@@ -190,15 +198,16 @@ def assemble(settings: LlavaSettings) -> Parts:
     Raises:
         ConfigError: The stage-1 folder was made with other parts than these.
     """
+    encoder = at_size(settings.encoder, settings.image_size) if settings.image_size and settings.encoder else settings.encoder
     card = LlavaCard(
-        encoder=settings.encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
+        encoder=encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
         select=settings.select, template=settings.template, system=settings.system, stage=settings.stage,
     )  # fmt: skip
-    origins = {"vision_tower": settings.encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
+    origins = {"vision_tower": encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
         card = _agree(card, settings)
         origins = {"vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
-    tower = load_encoder(card.encoder)
+    tower = load_tower(card.encoder)
     card = replace(card, encoder_hash=weights_hash(tower), encoder_card=_describe(tower, card.encoder))
     language, tokenizer = load_llm(card.llm, DTYPES[settings.weights])
     chat_format = ChatFormat(tokenizer, settings.template, system=settings.system)

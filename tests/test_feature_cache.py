@@ -10,7 +10,7 @@ import pytest
 import torch
 from llava_tiny import picture, tiny_tower, write_data, write_parts
 
-from llm_stage import feature_cache, train_llava
+from llm_stage import feature_cache, tower_features, train_llava
 from llm_stage.feature_cache import ENTRY, HEAD, FeatureCache, FeatureKey, picture_digest
 from llm_stage.train_llava import main
 from mmkit.errors import ConfigError, DataError
@@ -40,13 +40,13 @@ def losses(folder):
 
 def count_calls(monkeypatch):
     """How many images the tower has been given, once for each forward."""
-    calls, forward = [], feature_cache.TowerFeatures.__call__
+    calls, forward = [], tower_features.TowerFeatures.__call__
 
     def counted(self, images):
         calls.append(len(images))
         return forward(self, images)
 
-    monkeypatch.setattr(feature_cache.TowerFeatures, "__call__", counted)
+    monkeypatch.setattr(tower_features.TowerFeatures, "__call__", counted)
     return calls
 
 
@@ -276,7 +276,7 @@ def test_a_damaged_cache_stops_a_training_before_its_folder_is_made(world, tmp_p
 
 
 def test_a_disk_without_room_is_refused_with_both_sizes(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 30_000})())
+    monkeypatch.setattr(tower_features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 30_000})())
     with pytest.raises(ConfigError, match=r"would take 0.00 GB more \(18 pictures of 2,048 bytes\), and 0.00 GB are free"):
         main(arguments(world, tmp_path / "run", "--feature_cache", tmp_path / "features"))
     assert "0 of 18 pictures are there; 18 to compute" in capsys.readouterr().out
