@@ -22,6 +22,11 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
+    feature_cache: str = field(default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read"})
+    feature_dtype: Literal["computed", "float16"] = field(
+        default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
+    )
+    rebuild_cache: bool = field(default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again"})
     pack: bool = field(default=False, metadata={"help": "rows of a micro-batch one behind the other, not padded; learns the same"})
     pack_length: int = field(default=0, metadata={"help": "tokens of a packed row; 0 is max_length"})
     check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
@@ -51,7 +56,10 @@ class LlavaSettings:
     """One stage of LLaVA. The flags of LLaVA's own scripts are understood too (llm_stage/original_flags.py)."""
 
     stage: Literal[1, 2] = field(default=1, metadata={"help": "1 trains the projector, 2 projector and LLM"})
-    encoder: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
+    encoder: str = field(
+        default="", metadata={"help": "name or folder, A+B or tokens:A+B for several; stage 2 takes that of --pretrained if empty"}
+    )
+    image_size: int = field(default=0, metadata={"help": "pixels, for which the encoder's positions are resampled; 0 is its own size"})
     llm: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
     pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
     projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
@@ -103,6 +111,10 @@ class LlavaSettings:
             raise ConfigError("which data? --json FILE (LLaVA JSON) and --images FOLDER; `mmkit data mini --out DIR` makes a small set")
         if self.stage == 1 and self.lora.rank:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
+        if self.image_size < 0 or (self.image_size and not self.encoder):
+            raise ConfigError(
+                f"image_size {self.image_size}: a size of the encoder that --encoder names; stage 2 takes stage 1's if both are empty"
+            )
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
         if self.data.pack_length < 0:

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import at_size, load_tower
 from llm_stage.adapters import round_like_quantized
 from llm_stage.llava import build_llava, with_resize
 from llm_stage.llava_card import LlavaCard, read_card, refuse_cut_off
@@ -58,7 +58,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, *, from_ze
             raise DataError(f"{path} {said}: this checkpoint is not whole. Take another one of {folder.parent}")
     refuse_cut_off([folder / TRAINABLE])
     settings = run_settings(folder.parent.parent)
-    tower = with_resize(load_encoder(_setting(settings, "encoder", folder)), settings.get("resize", "own"))
+    tower = with_resize(load_tower(_setting(settings, "encoder", folder)), settings.get("resize", "own"))
     card = _card(settings, tower, folder, state)
     model: Any
     model, processor = build_llava(tower, card.llm, card.projector, card.feature_layer, card.select, dtype=dtype)
@@ -88,6 +88,8 @@ def run_settings(run: Path) -> dict[str, Any]:
     earlier = read_card(Path(settings["pretrained"])) if settings.get("pretrained") else None
     for name in ("encoder", "llm"):
         settings[name] = settings[name] or (getattr(earlier, name) if earlier else "")
+    if settings.get("image_size"):
+        settings["encoder"] = at_size(settings["encoder"], settings["image_size"])
     return settings
 
 

@@ -24,9 +24,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
+from llm_stage.feature_cache import check_cache
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llava_settings import DTYPES, LlavaSettings
@@ -34,9 +35,11 @@ from llm_stage.llms import load_llm
 from llm_stage.original_flags import settings_argv
 from llm_stage.original_llava import projector_file
 from llm_stage.packing import check_packing, packed_batch, row_budget
+from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.images import ImageError
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run
 from mmkit.trainable import trainable_table, weights_hash
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings = load_config(LlavaSettings, settings_argv(argv), recipe_dir=RECIPES)
     parts = assemble(settings)  # before the run folder is made: a wrong name leaves nothing behind
     dataset = make_dataset(settings, parts)
+    if settings.data.feature_cache and not settings.data.rebuild_cache:
+        check_cache(settings.data.feature_cache)
     model: Any = parts.model
     set_stage(model, train_llm=settings.stage == 2)
     if settings.gradient_checkpointing:
@@ -83,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         use_liger(parts.model, run.device)
     if settings.compile:
         compile_llm(parts.model)
+    if settings.data.feature_cache:
+        dataset.image_source = open_cache(settings, parts, dataset, run)
+        batch_of = partial(batch_of, blank=dataset.image_source.blank())
     wrapped, optimizer = run.prepare(model, optimizer)
     if budget:
         with run.accelerator.autocast():
@@ -129,16 +137,17 @@ def assemble(settings: LlavaSettings) -> Parts:
     Raises:
         ConfigError: The stage-1 folder was made with other parts than these.
     """
+    encoder = at_size(settings.encoder, settings.image_size) if settings.image_size and settings.encoder else settings.encoder
     card = LlavaCard(
-        encoder=settings.encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
+        encoder=encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
         select=settings.select, template=settings.template, system=settings.system, stage=settings.stage, resize=settings.resize,
         quantization=settings.quantization,
     )  # fmt: skip
-    origins = {"vision_tower": settings.encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
+    origins = {"vision_tower": encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
         card = _agree(card, settings)
         origins = {"vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
-    tower = with_resize(load_encoder(card.encoder), card.resize)
+    tower = with_resize(load_tower(card.encoder), card.resize)
     card = replace(card, encoder_hash=weights_hash(tower), encoder_card=_describe(tower, card.encoder))
     language, tokenizer = load_llm(card.llm, DTYPES[settings.weights], attention=settings.attention, quantization=settings.quantization)
     chat_format = ChatFormat(tokenizer, settings.template, system=settings.system)
@@ -200,14 +209,48 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     )  # fmt: skip
 
 
-def make_batch(items: list[Any], parts: Parts, budget: int = 0) -> dict[str, Any]:
-    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image."""
+def open_cache(settings: LlavaSettings, parts: Parts, dataset: ConversationDataset, run: Run) -> CachedImages:
+    """Have the features of all pictures of the data on disk before the first step; the encoder then runs no more.
+
+    Raises:
+        DataError: A picture cannot be read and on_bad_sample is "error", or the cache is damaged.
+        ConfigError: The disk has no room.
+    """
+    data = settings.data
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.run.precision) if run.deepspeed else None
+    compute = TowerFeatures(parts.model, run.device, run.accelerator.autocast, cast)
+    spec = tower_geometry(parts.model.model.vision_tower).spec
+    wanted = {name: item.where for item in reversed(dataset.conversations) for name in item.images}  # the first row that wants it
+    images = cached_images(
+        data.feature_cache, compute, feature_key(compute, parts.card.encoder_hash, spec, data.feature_dtype), wanted,
+        Path(data.images), spec, batch_size=settings.run.micro_batch_size, workers=settings.run.num_workers, rebuild=data.rebuild_cache,
+        rank=run.rank, ranks=run.world_size,
+    )  # fmt: skip
+    if images.broken and data.on_bad_sample == "error":
+        message = next(iter(images.broken.values()))
+        raise ImageError(f"{message}\n  {len(images.broken)} picture(s) in all; --data.on_bad_sample skip leaves their rows out, counted")
+    return images
+
+
+def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | None = None) -> dict[str, Any]:
+    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image.
+
+    Args:
+        items: Examples of `ConversationDataset`.
+        parts: The model and its processor.
+        budget: Tokens of a packed row; 0 pads.
+        blank: What stands for the image of a micro-batch without any, where features [1, N, C] come from the cache; None is zero pixels.
+    """
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
     if budget:
-        return packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
-    return with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+        batch = packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
+    else:
+        batch = with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+    if blank is not None and not any(item.get("images") for item in items):
+        batch["pixel_values"] = blank
+    return batch
 
 
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------
