@@ -43,8 +43,12 @@ COMMANDS: dict[str, Command] = {
     "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval classifier": Command("encoders.eval_classifier:main", "top-1 and top-5 of a fine-tuned classifier on any folder of its classes"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),
     "sweep": Command(
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"
+    ),
+    "export": Command(
+        "llm_stage.export:main", "a LLaVA folder -> plain transformers, LLaVA's own layout, mm_projector.bin; model card, proof of equality"
     ),
     "convert uta": Command("encoders.convert:uta", "the authors' UTA checkpoint -> encoder folder with image and text tower"),
     "convert eva": Command("encoders.convert:eva", "an EVA-CLIP checkpoint, or LAVIS's eva_vit_g.pth -> encoder folder"),
@@ -53,7 +57,7 @@ COMMANDS: dict[str, Command] = {
     "convert resize": Command("encoders.convert:resize", "an encoder -> the same at another patch or image size"),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes | sweeps"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),
 }
 
 

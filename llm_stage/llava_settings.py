@@ -23,7 +23,20 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
-    check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
+    feature_cache: str = field(
+        default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read", "free": True}
+    )
+    feature_dtype: Literal["computed", "float16"] = field(
+        default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
+    )
+    rebuild_cache: bool = field(
+        default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again", "free": True}
+    )
+    pack: bool = field(default=False, metadata={"help": "rows of a micro-batch one behind the other, not padded; learns the same"})
+    pack_length: int = field(default=0, metadata={"help": "tokens of a packed row; 0 is max_length"})
+    check: bool = field(
+        default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels", "free": True}
+    )
 
 
 @dataclass
@@ -50,7 +63,10 @@ class LlavaSettings:
     """One stage of LLaVA. The flags of LLaVA's own scripts are understood too (llm_stage/original_flags.py)."""
 
     stage: Literal[1, 2] = field(default=1, metadata={"help": "1 trains the projector, 2 projector and LLM"})
-    encoder: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
+    encoder: str = field(
+        default="", metadata={"help": "name or folder, A+B or tokens:A+B for several; stage 2 takes that of --pretrained if empty"}
+    )
+    image_size: int = field(default=0, metadata={"help": "pixels, for which the encoder's positions are resampled; 0 is its own size"})
     llm: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
     pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
     projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
@@ -60,7 +76,7 @@ class LlavaSettings:
         default="own",
         metadata={"help": "how pictures become square: the encoder's own way, or crop, squash, pad (bars in the mean colour)"},
     )
-    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
+    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, llama_3, chatml, or own: the tokenizer's"})
     system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
     lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
     projector_lr: float = field(default=1e-3, metadata={"help": "peak, of the projector"})
@@ -77,8 +93,10 @@ class LlavaSettings:
         default=False, metadata={"help": "Liger's kernels for the LLM's norms and MLPs, on CUDA: pip install 'mmkit[liger]'"}
     )
     tf32: bool = field(default=False, metadata={"help": "let float32 matrix products round to TF32, on CUDA"})
-    peak_tflops: float = field(default=0.0, metadata={"help": "what the device can do at best, for the share of it (MFU); 0 looks it up"})
-    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss"})
+    peak_tflops: float = field(
+        default=0.0, metadata={"help": "what the device can do at best, for the share of it (MFU); 0 looks it up", "free": True}
+    )
+    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss", "free": True})
     data: DataSettings = field(default_factory=DataSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     run: RunConfig = field(default_factory=RunConfig)
@@ -102,8 +120,14 @@ class LlavaSettings:
             raise ConfigError("which data? --json FILE (LLaVA JSON) and --images FOLDER; `mmkit data mini --out DIR` makes a small set")
         if self.stage == 1 and self.lora.rank:
             raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
+        if self.image_size < 0 or (self.image_size and not self.encoder):
+            raise ConfigError(
+                f"image_size {self.image_size}: a size of the encoder that --encoder names; stage 2 takes stage 1's if both are empty"
+            )
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
+        if self.data.pack_length < 0:
+            raise ConfigError(f"data.pack_length is {self.data.pack_length}; the tokens of a packed row, or 0 for max_length, are right")
         if self.lora.quantize != "none" and not self.lora.rank:
             raise ConfigError(
                 f"lora.quantize {self.lora.quantize} freezes the LLM in 4 bits: give --lora.rank too (64 is QLoRA's), in stage 2"

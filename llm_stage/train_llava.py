@@ -24,18 +24,23 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
+from llm_stage.feature_cache import check_cache
 from llm_stage.llava import build_llava, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
 from llm_stage.original_flags import settings_argv
+from llm_stage.original_llava import projector_file
+from llm_stage.packing import check_packing, packed_batch, row_budget
 from llm_stage.throughput import Throughput
+from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.images import ImageError
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run
 from mmkit.trainable import trainable_table, weights_hash
@@ -55,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings = load_config(LlavaSettings, settings_argv(argv), recipe_dir=RECIPES)
     parts = assemble(settings)  # before the run folder is made: a wrong name leaves nothing behind
     dataset = make_dataset(settings, parts)
+    if settings.data.feature_cache and not settings.data.rebuild_cache:
+        check_cache(settings.data.feature_cache)
     model: Any = parts.model
     set_stage(model, train_llm=settings.stage == 2)
     if settings.gradient_checkpointing:
@@ -68,8 +75,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
+    if run.is_main:
+        parts.card.write(run.folder, run.folder, files=False)  # what a checkpoint needs, besides config.yaml, to be loaded alone
     frozen = frozen_hashes(parts, settings)
-    batch_of = partial(make_batch, parts=parts)
+    budget = (
+        row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
+    )
+    batch_of = partial(make_batch, parts=parts, budget=budget)
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
         check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run)
@@ -77,7 +89,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         use_liger(parts.model, run.device)
     if settings.compile:
         compile_llm(parts.model)
+    if settings.data.feature_cache:
+        dataset.image_source = open_cache(settings, parts, dataset, run)
+        batch_of = partial(batch_of, blank=dataset.image_source.blank())
     wrapped, optimizer = run.prepare(model, optimizer)
+    if budget:
+        with run.accelerator.autocast():
+            check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
     speed = Throughput(parts.model, run, settings.peak_tflops)
     for batch in run.batches(dataset, batch_of, weigh=speed.weigh):
@@ -85,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run.backward(loss)
         run.log(loss=loss, **speed.terms())
     run.print(speed.summary())
-    state = run.accelerator.get_state_dict(wrapped)  # on all ranks
+    state = run.weights()  # on all ranks
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
@@ -122,16 +140,17 @@ def assemble(settings: LlavaSettings) -> Parts:
     Raises:
         ConfigError: The stage-1 folder was made with other parts than these.
     """
+    encoder = at_size(settings.encoder, settings.image_size) if settings.image_size and settings.encoder else settings.encoder
     card = LlavaCard(
-        encoder=settings.encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
+        encoder=encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
         select=settings.select, template=settings.template, system=settings.system, stage=settings.stage, resize=settings.resize,
         quantization=settings.quantization,
     )  # fmt: skip
-    origins = {"vision_tower": settings.encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
+    origins = {"vision_tower": encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
         card = _agree(card, settings)
         origins = {"vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
-    tower = with_resize(load_encoder(card.encoder), card.resize)
+    tower = with_resize(load_tower(card.encoder), card.resize)
     card = replace(card, encoder_hash=weights_hash(tower), encoder_card=_describe(tower, card.encoder))
     language, tokenizer = load_llm(card.llm, DTYPES[settings.weights], attention=settings.attention, quantization=settings.quantization)
     chat_format = ChatFormat(tokenizer, settings.template, system=settings.system)
@@ -147,8 +166,14 @@ def assemble(settings: LlavaSettings) -> Parts:
 def _agree(card: LlavaCard, settings: LlavaSettings) -> LlavaCard:
     """Fill what was left open from the stage-1 folder, and hold the rest against it."""
     earlier = read_card(Path(settings.pretrained))
+    if earlier is None and projector_file(Path(settings.pretrained)) is not None:  # LLaVA's mm_projector.bin says nothing of its parts
+        if not (settings.encoder and settings.llm):
+            raise ConfigError(f"{settings.pretrained} is a projector of LLaVA's own, alone: say its --encoder and --llm as well")
+        return card
     if earlier is None:
-        raise ConfigError(f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit: give RUN/model of a stage-1 run")
+        raise ConfigError(
+            f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit (RUN/model of a stage-1 run) and no mm_projector.bin"
+        )
     for name in ("projector", "feature_layer", "select"):
         if getattr(earlier, name) != getattr(card, name):
             raise ConfigError(
@@ -187,12 +212,48 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     )  # fmt: skip
 
 
-def make_batch(items: list[Any], parts: Parts) -> dict[str, Any]:
-    """Pad and stack, and see to it that every micro-batch has an image."""
+def open_cache(settings: LlavaSettings, parts: Parts, dataset: ConversationDataset, run: Run) -> CachedImages:
+    """Have the features of all pictures of the data on disk before the first step; the encoder then runs no more.
+
+    Raises:
+        DataError: A picture cannot be read and on_bad_sample is "error", or the cache is damaged.
+        ConfigError: The disk has no room.
+    """
+    data = settings.data
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.run.precision) if run.deepspeed else None
+    compute = TowerFeatures(parts.model, run.device, run.accelerator.autocast, cast)
+    spec = tower_geometry(parts.model.model.vision_tower).spec
+    wanted = {name: item.where for item in reversed(dataset.conversations) for name in item.images}  # the first row that wants it
+    images = cached_images(
+        data.feature_cache, compute, feature_key(compute, parts.card.encoder_hash, spec, data.feature_dtype), wanted,
+        Path(data.images), spec, batch_size=settings.run.micro_batch_size, workers=settings.run.num_workers, rebuild=data.rebuild_cache,
+        rank=run.rank, ranks=run.world_size,
+    )  # fmt: skip
+    if images.broken and data.on_bad_sample == "error":
+        message = next(iter(images.broken.values()))
+        raise ImageError(f"{message}\n  {len(images.broken)} picture(s) in all; --data.on_bad_sample skip leaves their rows out, counted")
+    return images
+
+
+def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | None = None) -> dict[str, Any]:
+    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image.
+
+    Args:
+        items: Examples of `ConversationDataset`.
+        parts: The model and its processor.
+        budget: Tokens of a packed row; 0 pads.
+        blank: What stands for the image of a micro-batch without any, where features [1, N, C] come from the cache; None is zero pixels.
+    """
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
-    return with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+    if budget:
+        batch = packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
+    else:
+        batch = with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+    if blank is not None and not any(item.get("images") for item in items):
+        batch["pixel_values"] = blank
+    return batch
 
 
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llava_tiny import tiny_tokenizer, write_data, write_parts
+from llava_tiny import tiny_llm, tiny_tokenizer, write_data, write_parts
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from llm_stage.chat_templates import TEMPLATES as CHAT_TEMPLATES
 from llm_stage.llava_settings import LlavaSettings
 from llm_stage.train_llava import RECIPES, main
 from mmkit.config import load_config
@@ -28,7 +29,7 @@ TABLE: dict[str, tuple[str, str, int, float, float, float, int, int, int, str]] 
     "llava_v15_stage2_lora": ("mlp2x_gelu", "", 128, 1, 2e-4, 2e-5, 128, 256, 3, "pad"),
     "llava_v15_stage2_qlora": ("mlp2x_gelu", "", 128, 1, 2e-4, 2e-5, 128, 256, 2, "pad"),
 }
-TEMPLATES = {"": "vicuna_v1", "llama3": "own", "qwen": "chatml", "smollm2": "chatml"}
+TEMPLATES = {"": "vicuna_v1", "llama3": "llama_3", "qwen": "chatml", "smollm2": "chatml"}
 
 
 def read(name: str) -> LlavaSettings:
@@ -58,7 +59,7 @@ def test_a_recipe_is_the_papers_setting_whatever_the_llm(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoder, a Llama and a Qwen2 of one width, two kinds of data, and a stage 1 for each projector and layer that recipes ask for."""
+    """Encoder, two Llamas and a Qwen2 of one width, two kinds of data, and a stage 1 for each projector and layer that recipes ask for."""
     folder = tmp_path_factory.mktemp("recipes")
     write_parts(folder)
     tokenizer = tiny_tokenizer()
@@ -66,6 +67,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False, **sizes))
     qwen.save_pretrained(folder / "qwen")
     tokenizer.save_pretrained(folder / "qwen")
+    llama, _ = tiny_llm()
+    llama.save_pretrained(folder / "llama3")
+    tiny_tokenizer(*CHAT_TEMPLATES["llama_3"].marks).save_pretrained(folder / "llama3")
     data, _ = write_data(folder, rows=8)
     rows = json.loads(data.read_text())
     captions = [{**row, "conversations": row["conversations"][:2]} for row in rows]
@@ -86,7 +90,7 @@ def train(name: str, world: Path, output: Path, *more: str) -> Path:
     """Two steps of a recipe, each of two micro-batches, with tiny parts of the same kinds."""
     settings = read(name)
     flags: dict[str, Any] = {
-        "llm": world / ("qwen" if family_of(name) == "qwen" else "llm"), "encoder": world / "encoder", "images": world / "images",
+        "llm": world / (family if (family := family_of(name)) in ("qwen", "llama3") else "llm"), "encoder": world / "encoder", "images": world / "images",
         "json": world / ("captions.json" if settings.stage == 1 else "data.json"), "output_dir": output, "steps": 2, "micro_batch_size": 2,
         "global_batch_size": 4, "gradient_accumulation_steps": 0, "num_workers": 0, "save_every": 0, "log_every": 1, "warmup": 1,
     }  # fmt: skip
