@@ -156,6 +156,11 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
             f"the weights in {source} do not fill the config beside them: {len(names)} tensors missing, such as {', '.join(names[:3])}. "
             "Take all files from one model"
         )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"the tokenizer in {source} has neither an end token nor a pad token: name the end token that the model was trained with "
+            "(tokenizer.eos_token = ..., saved with save_pretrained)"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_image_token(model, tokenizer)

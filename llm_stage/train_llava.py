@@ -79,7 +79,7 @@ class LlavaSettings:
     projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
     feature_layer: int = field(default=-2, metadata={"help": "hidden state of the encoder that is read"})
     select: Literal["auto", "default", "full"] = field(default="auto", metadata={"help": "default drops the CLS token, full keeps all"})
-    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
+    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, llama_3, chatml, or own: the tokenizer's"})
     system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
     lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
     projector_lr: float = field(default=1e-3, metadata={"help": "peak, of the projector"})
