@@ -69,7 +69,7 @@ class LlavaSettings:
         default="own",
         metadata={"help": "how pictures become square: the encoder's own way, or crop, squash, pad (bars in the mean colour)"},
     )
-    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
+    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, llama_3, chatml, or own: the tokenizer's"})
     system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
     lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
     projector_lr: float = field(default=1e-3, metadata={"help": "peak, of the projector"})
