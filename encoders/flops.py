@@ -33,7 +33,7 @@ def forward_flops(encoder: VisionEncoder, kept: int | None = None) -> int:
         images = torch.empty(1, 3, size, size)
         keep = None if kept is None else torch.zeros(1, kept, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bare.tokens(images, keep)
+        bare.tokens(images, keep) if bare.config.joint_width else bare(images)
     return int(counter.get_total_flops())
 
 

@@ -94,8 +94,14 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
 
 
 def with_resize(tower: PreTrainedModel, resize: str) -> PreTrainedModel:
-    """Let a VisionEncoder's pictures become square in another way than its own: "crop", "squash" or "pad"; "own" changes nothing."""
+    """Let a VisionEncoder's pictures become square in another way than its own: "crop", "squash" or "pad"; "own" changes nothing.
+
+    Raises:
+        ConfigError: The tower carries no image spec.
+    """
     if resize != "own":
+        if not getattr(tower.config, "image_spec", None):
+            raise ConfigError(f"resize {resize}: a {type(tower).__name__} has no image spec of its own to change; leave --resize own")
         tower.config.image_spec = {**tower.config.image_spec, "resize": resize}
     return tower
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from mmkit.deepspeed_block import refuse_contradictions
 from mmkit.errors import ConfigError
 from mmkit.launch import read_deepspeed_block
 from mmkit.run_config import RunConfig
@@ -22,14 +23,20 @@ class DataSettings:
     images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
     max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
-    feature_cache: str = field(default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read"})
+    feature_cache: str = field(
+        default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read", "free": True}
+    )
     feature_dtype: Literal["computed", "float16"] = field(
         default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
     )
-    rebuild_cache: bool = field(default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again"})
+    rebuild_cache: bool = field(
+        default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again", "free": True}
+    )
     pack: bool = field(default=False, metadata={"help": "rows of a micro-batch one behind the other, not padded; learns the same"})
     pack_length: int = field(default=0, metadata={"help": "tokens of a packed row; 0 is max_length"})
-    check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
+    check: bool = field(
+        default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels", "free": True}
+    )
 
 
 @dataclass
@@ -86,8 +93,10 @@ class LlavaSettings:
         default=False, metadata={"help": "Liger's kernels for the LLM's norms and MLPs, on CUDA: pip install 'mmkit[liger]'"}
     )
     tf32: bool = field(default=False, metadata={"help": "let float32 matrix products round to TF32, on CUDA"})
-    peak_tflops: float = field(default=0.0, metadata={"help": "what the device can do at best, for the share of it (MFU); 0 looks it up"})
-    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss"})
+    peak_tflops: float = field(
+        default=0.0, metadata={"help": "what the device can do at best, for the share of it (MFU); 0 looks it up", "free": True}
+    )
+    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss", "free": True})
     data: DataSettings = field(default_factory=DataSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     run: RunConfig = field(default_factory=RunConfig)
@@ -126,6 +135,8 @@ class LlavaSettings:
         self._check_deepspeed()
 
     def _check_deepspeed(self) -> None:
+        lr = self.projector_lr if self.stage == 1 else self.lr
+        refuse_contradictions(self.run, schedule="cosine", optimizer={"lr": lr, "weight_decay": self.weight_decay})
         zero = read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {})
         if zero.get("stage") == 3 and self.lora.quantize != "none":
             raise ConfigError(

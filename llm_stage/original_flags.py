@@ -9,7 +9,7 @@ What is different here, flag for flag:
                             per_device_train_batch_size 8, warmup_ratio 0, lr_scheduler_type linear. Ours count, and a line says so for each.
     lora_enable             needs lora_r: LLaVA's 64, with alpha 16, is taken by nobody on purpose
     mm_projector_lr         left out in stage 2 it is learning_rate, as in LLaVA, and a line says so
-    group_by_modality_length sorts 8 steps' rows by length, image tokens counted (run.group_by_length 8); order and resume stay exact
+    group_by_modality_length makes steps of one kind of row, and sorts 8 steps' rows by length (run.group_by_modality, run.group_by_length)
     image_aspect_ratio      is the resize of the tower's pictures, saved with the model
     deepspeed               a file's gradient clipping, optimizer and schedule must not contradict the settings; a name alone
                             (zero2, zero3_offload) is a file of llm_stage/recipes
@@ -64,7 +64,7 @@ FLAGS: dict[str, Flag] = {
             "plain": ("--template", "plain"), "v1": ("--template", "vicuna_v1"), "vicuna_v1": ("--template", "vicuna_v1"),
             "llava_llama_2": ("--template", "llama_2"), "mpt": ("--template", "chatml"), "chatml_direct": ("--template", "chatml"),
         },
-        otherwise="choose a template: --template plain, vicuna_v1, llama_2, chatml, or own (the tokenizer's)",
+        otherwise="choose a template: --template plain, vicuna_v1, llama_2, llama_3, chatml, or own (the tokenizer's)",
     ),
     "data_path": Flag("data.json"),
     "image_folder": Flag("data.images"),
@@ -85,7 +85,11 @@ FLAGS: dict[str, Flag] = {
         values={"square": ("--resize", "crop"), "pad": ("--resize", "pad")}, otherwise="square or pad is right, or --resize squash"
     ),
     "group_by_modality_length": Flag(
-        values={"true": ("--run.group_by_length", "8"), "false": ("--run.group_by_length", "0")}, otherwise="True or False is right"
+        values={
+            "true": ("--run.group_by_modality", "true", "--run.group_by_length", "8"),
+            "false": ("--run.group_by_modality", "false", "--run.group_by_length", "0"),
+        },
+        otherwise="True or False is right",
     ),
     "lazy_preprocess": Flag(values=_SWITCH, otherwise="leave it out: pictures are always opened when their turn comes"),
     "model_max_length": Flag("data.max_length"),

@@ -4,7 +4,7 @@
         --output_dir runs/stage1
     python llm_stage/train_llava.py --recipe mini_stage2 --encoder runs/uta/encoder --pretrained runs/stage1/model \
         --json data/llava/instruct.json --images data/images --output_dir runs/stage2
-    deepspeed --num_gpus 8 llm_stage/train_llava.py --recipe llava_v15_stage2 ...
+    deepspeed --num_gpus 8 llm_stage/train_llava.py --recipe llava_v15_stage2 ...        also _lora, _qlora, and for other LLMs (recipes/)
 
 Source: Visual Instruction Tuning (LLaVA, v1) and Improved Baselines with Visual Instruction Tuning (v1.5).
 """
@@ -28,13 +28,14 @@ from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
 from llm_stage.feature_cache import check_cache
-from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
+from llm_stage.llava import build_llava, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
 from llm_stage.original_flags import settings_argv
 from llm_stage.original_llava import projector_file
 from llm_stage.packing import check_packing, packed_batch, row_budget
+from llm_stage.throughput import Throughput
 from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
@@ -96,10 +97,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with run.accelerator.autocast():
             check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
-    for batch in run.batches(dataset, batch_of, weigh=label_tokens):
+    speed = Throughput(parts.model, run, settings.peak_tflops)
+    for batch in run.batches(dataset, batch_of, weigh=speed.weigh):
         loss, _ = supervised_loss(wrapped, batch)
         run.backward(loss)
-        run.log(loss=loss)
+        run.log(loss=loss, **speed.terms())
+    run.print(speed.summary())
     state = run.weights()  # on all ranks
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)

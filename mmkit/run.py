@@ -56,7 +56,7 @@ from mmkit.optim import Schedule, constant_schedule
 from mmkit.progress import Progress
 from mmkit.ranks import broadcast, common_failure, gather, sum_over_ranks
 from mmkit.run_config import RunConfig, accumulation_steps
-from mmkit.run_folder import changed_settings, claim_folder, write_settings
+from mmkit.run_folder import changed_settings, claim_folder, refuse_changes, write_settings
 from mmkit.signals import stop_signals
 from mmkit.snapshots import load_optimizer, load_plain, load_trained, resume_point, save_snapshot, whole_state
 from mmkit.terms import StepTerms
@@ -131,6 +131,7 @@ class Run:
         if self.is_main:
             try:
                 claim_folder(self.folder, self.config.resume, self.config.overwrite)
+                refuse_changes(self.folder, self.settings)
             except (OSError, ValueError) as error:
                 message = str(error)
         message = broadcast(message)  # all ranks stop together, or the others would wait for the first one
@@ -142,8 +143,8 @@ class Run:
             self.step, self._saved_step, self._seconds_before = state["step"], state["step"], state["seconds"]
             self.print(f"{self.name}: goes on from {self._snapshot}")
         if self.is_main:
-            for line in changed_settings(self.folder, self.settings) if self._snapshot is not None else []:
-                self.print(line)
+            for key, (before, now) in (changed_settings(self.folder, self.settings) if self._snapshot is not None else {}).items():
+                self.print(f"changed since the run began: {key} was {before!r}, is {now!r}")
             write_settings(self.folder, self.settings, self.step)
             atomic_write(self.folder / "manifest.json", json.dumps(self._manifest("running"), indent=1))
         if self.config.trackers:

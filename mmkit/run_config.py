@@ -8,15 +8,23 @@ from mmkit.errors import ConfigError
 
 @dataclass
 class RunConfig:
-    """How a training runs, whatever it trains."""
+    """How a training runs, whatever it trains.
 
-    output_dir: str = field(default="", metadata={"help": "the run folder; must be new or empty, unless resume or overwrite is on"})
+    A field that says `"free": True` may change when a run goes on: it moves no sample to another step (the global batch is held against the
+    checkpoint). All other settings of a training must be what they were.
+    """
+
+    output_dir: str = field(
+        default="", metadata={"help": "the run folder; must be new or empty, unless resume or overwrite is on", "free": True}
+    )
     steps: int = field(default=0, metadata={"help": "optimizer steps; 0 takes them from epochs"})
     epochs: float = field(default=0.0, metadata={"help": "passes over the data, when steps is 0"})
-    micro_batch_size: int = field(default=32, metadata={"help": "samples in one forward, per process"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches in a step; 0 takes it from global_batch_size"})
+    micro_batch_size: int = field(default=32, metadata={"help": "samples in one forward, per process", "free": True})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "micro-batches in a step; 0 takes it from global_batch_size", "free": True}
+    )
     global_batch_size: int = field(
-        default=0, metadata={"help": "samples in a step; must be micro * accumulation * processes; 0 does not check"}
+        default=0, metadata={"help": "samples in a step; must be micro * accumulation * processes; 0 does not check", "free": True}
     )
     group_by_length: int = field(
         default=0, metadata={"help": "sort so many steps' samples by length: less padding; 1 moves none to another step, 0 is off"}
@@ -27,17 +35,17 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "of the forward; weights and optimizer stay fp32"})
     seed: int = field(default=0, metadata={"help": "of order, augmentation, dropout"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0 is off"})
-    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0 is only at the end"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones; 0 keeps all"})
-    log_every: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint, if there is one"})
-    overwrite: bool = field(default=False, metadata={"help": "remove an earlier run in output_dir"})
-    num_workers: int = field(default=0, metadata={"help": "processes that load data; 0 loads in the main one"})
-    trackers: list[str] = field(default_factory=list, metadata={"help": "beside metrics.jsonl: tensorboard, wandb, ..."})
+    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0 is only at the end", "free": True})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones; 0 keeps all", "free": True})
+    log_every: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl", "free": True})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint, if there is one", "free": True})
+    overwrite: bool = field(default=False, metadata={"help": "remove an earlier run in output_dir", "free": True})
+    num_workers: int = field(default=0, metadata={"help": "processes that load data; 0 loads in the main one", "free": True})
+    trackers: list[str] = field(default_factory=list, metadata={"help": "beside metrics.jsonl: tensorboard, wandb, ...", "free": True})
     deepspeed: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "DeepSpeed's settings or their JSON file; used under a launcher"}
+        default_factory=dict, metadata={"help": "DeepSpeed's settings or their JSON file; used under a launcher", "free": True}
     )
-    find_unused_parameters: bool = field(default=False, metadata={"help": "DDP: some steps leave trained parameters unused"})
+    find_unused_parameters: bool = field(default=False, metadata={"help": "DDP: some steps leave trained parameters unused", "free": True})
 
     def validate(self) -> None:
         """Refuse numbers that mean nothing.

@@ -1,5 +1,6 @@
 """The folder of a run: claiming it, its config.yaml, and its log when a run goes on."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -32,16 +33,56 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
-def changed_settings(folder: Path, settings: Any) -> list[str]:
-    """Tell how the settings differ from those that the folder's run began with."""
+def changed_settings(folder: Path, settings: Any) -> dict[str, tuple[Any, Any]]:
+    """Give the settings that differ from those that the folder's run began with: name to (before, now)."""
     path = folder / "config.yaml"
     before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
     after = _flat(to_dict(settings))
-    return [
-        f"changed since the run began: {key} was {before.get(key)!r}, is {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys() if before else set())
-        if before.get(key) != after.get(key) and key.rsplit(".", 1)[-1] not in ("resume", "overwrite")
-    ]
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() & after.keys())  # a setting that an older version did not have was at its default
+        if not _same(before[key], after[key])
+    }
+
+
+def free_settings(settings: Any, prefix: str = "") -> list[str]:
+    """Give the settings that may change when a run goes on: those whose field says `metadata={"free": True}`."""
+    found: list[str] = []
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            found += free_settings(value, f"{prefix}{item.name}.")
+        elif item.metadata.get("free"):
+            found.append(f"{prefix}{item.name}")
+    return found
+
+
+def refuse_changes(folder: Path, settings: Any) -> None:
+    """Refuse to go on with a run whose recipe has changed since; without a checkpoint it begins anew, and anything may change.
+
+    Raises:
+        ConfigError: The message names each setting, what it was and what it is now.
+    """
+    if not any((folder / "checkpoints").glob("step_*")):
+        return
+    free = free_settings(settings)
+    changed = {
+        key: values
+        for key, values in changed_settings(folder, settings).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in free)
+    }
+    if changed:
+        lines = "\n".join(f"  {key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+        raise ConfigError(
+            f"the run in {folder} began with other settings:\n{lines}\n  Go on with the old ones, or start anew: another --output_dir, or "
+            f"--overwrite. What may change: {', '.join(free)}"
+        )
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, str) and isinstance(now, str) and before and now:
+        return before == now or Path(before).resolve() == Path(now).resolve()
+    return bool(before == now)
 
 
 def write_settings(folder: Path, settings: Any, step: int) -> None:

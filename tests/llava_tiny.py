@@ -34,17 +34,17 @@ def stock_tower(seed: int = 0) -> CLIPVisionModel:
     return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with chat marks and `<image>`."""
+def tiny_tokenizer(*marks: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the marks of chatml and `<image>`, and further ones."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
+    specials = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>", *marks]
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     texts = ["what colour is it", "it is red green blue white", "user assistant", "how many pictures are there"]
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<image>"]
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<image>", *marks]
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -27,11 +27,18 @@ UTA_ROWS = {  # of the paper's Tables 6 to 9
 }
 UTA_RECIPES = {"mini_uta", "mini_uta_quick", "uta_ablation_b14", "uta_vit_b14", "uta_vit_g14", "uta_vit_l14"}
 UTA_RECIPES |= {table + row for table, rows in UTA_ROWS.items() for row in rows}
+LLAVA_LLMS = ("", "llama3_", "qwen_", "smollm2_")  # Vicuna first
+LLAVA_RECIPES = {
+    f"llava_{version}_{llm}{stage}"
+    for version in ("v1", "v15")
+    for llm in LLAVA_LLMS
+    for stage in ("stage1", "stage2", "stage2_lora", "stage2_qlora")
+}
 EXPECTED_RECIPES = {
     "encoders": UTA_RECIPES
     | {"contrastive_uta_b16", "contrastive_uta_g14", "contrastive_uta_l14", "mini_clip", "mini_contrastive_uta"}
     | {"ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336", "mini_ftclip"},
-    "llm_stage": {"llava_v15_stage1", "llava_v15_stage2", "mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
+    "llm_stage": LLAVA_RECIPES | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
 }
 
 

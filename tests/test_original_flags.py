@@ -65,7 +65,7 @@ def test_finetune_is_our_stage_two() -> None:
     s = read(FINETUNE)
     assert (s.stage, s.template, s.resize, s.lora.rank) == (2, "vicuna_v1", "pad", 0)
     assert (s.lr, s.projector_lr) == (2e-5, 2e-5)
-    assert (s.run.micro_batch_size, s.run.group_by_length) == (16, 8)
+    assert (s.run.micro_batch_size, s.run.group_by_length, s.run.group_by_modality) == (16, 8, True)
     assert s.pretrained == "./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin"
 
 

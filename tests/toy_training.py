@@ -28,7 +28,7 @@ class ToySettings:
     run: RunConfig = field(default_factory=RunConfig)
     lr: float = 0.05
     dropout: float = 0.0
-    kill_at: int = -1  # step in which the process kills itself, after backward
+    kill_at: int = field(default=-1, metadata={"free": True})  # step in which the process kills itself, after backward
     signal_at: int = -1  # step in which it gets Ctrl-C
     nan_at: int = -1
     bad_item: int = -1
