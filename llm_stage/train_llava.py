@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
-    frozen = frozen_hashes(parts, settings)
+    held = DTYPES[settings.run.precision] if run.deepspeed and settings.run.precision != "fp32" else None  # DeepSpeed casts all weights
+    frozen = frozen_hashes(parts, settings, dtype=held) if run.is_main else {}
     batch_of = partial(make_batch, parts=parts)
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run.log(loss=loss)
     state = run.weights()  # on all ranks
     if run.is_main:
-        check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
+        check_frozen(frozen, frozen_hashes(parts, settings, state))
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
     folder = run.finish()
     run.print(f"llava stage {settings.stage}: the model is in {folder / 'model'}")
@@ -280,22 +281,29 @@ def add_lora(model: LlavaForConditionalGeneration, settings: LlavaSettings) -> P
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------
 
 
-def frozen_hashes(parts: Parts, settings: LlavaSettings) -> dict[str, str]:
-    """Hashes of the parts that this stage must not change."""
+def frozen_hashes(
+    parts: Parts, settings: LlavaSettings, state: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """Hashes of the parts that this stage must not change: as they are, cast to `dtype`, or as they are in the gathered weights."""
     inner = parts.model.model
     frozen = {"vision_tower": inner.vision_tower, **({"language_model": inner.language_model} if settings.stage == 1 else {})}
-    if any(hasattr(parameter, "ds_id") for parameter in parts.model.parameters()):
-        return {}  # ZeRO-3 holds a share of each tensor on each rank
-    return {name: weights_hash(part) for name, part in frozen.items()}
+    if state is None:
+        return {name: weights_hash(part, dtype) for name, part in frozen.items()}
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in frozen}
+    for key, tensor in state.items():
+        for name in frozen:
+            if (marker := f"model.{name}.") in key:
+                found[name][key.split(marker, 1)[1]] = tensor
+    return {name: weights_hash(part) for name, part in found.items()}
 
 
-def check_frozen(before: Mapping[str, str], after: Mapping[str, str], same_dtype: bool) -> None:
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """Prove that frozen parts did not change by a bit.
 
     Raises:
         DataError: One did. That is a fault of the program or of the memory; the result is not written.
     """
-    changed = [name for name in after if same_dtype and before.get(name) not in (None, after[name])]
+    changed = [name for name in after if before.get(name) != after[name]]
     if changed:
         raise DataError(f"{', '.join(changed)} changed during a training in which it is frozen: not saved; the checkpoints are there")
 
