@@ -36,6 +36,7 @@ from llm_stage.model_card import CardFacts, model_card
 from llm_stage.models import model_folder
 from llm_stage.original_export import inner, projector_state, write_mm_projector, write_original, write_original_lora
 from llm_stage.original_llava import PROJECTOR_BIN
+from llm_stage.portable_template import portable_template, same_ids
 from llm_stage.run_checkpoint import is_checkpoint, load_checkpoint
 from mmkit.checkpoint import atomic_folder, atomic_write
 from mmkit.config import cli_entry
@@ -126,9 +127,25 @@ def write_transformers(source: Source, work: Path, out: Path, dtype: torch.dtype
     """Write an ordinary Hugging Face LLaVA."""
     model = source.model.to(dtype)
     model.config.dtype = dtype
+    give_template(source)
     save_llava(model, source.processor, source.card, work, overwrite=True, max_shard_size=max_shard_size)
     if isinstance(model.model.vision_tower, VisionEncoder):
         shutil.copyfile(encoders.modeling.__file__, work / ENCODER_FILE)
+
+
+def give_template(source: Source) -> None:
+    """Put the chat template of the training where transformers' processors look for it, if it can be told in their language."""
+    if source.card is None:
+        return
+    template = portable_template(source.card, source.processor.tokenizer)
+    source.processor.chat_template = template
+    if template is None:
+        source.notes.append(f"There is no chat template in this folder: the model was trained with `{source.card.template}`.")
+    elif not same_ids(source.card, source.processor, int(source.model.config.image_seq_length)):
+        source.notes.append(
+            f"The chat template in this folder is close to that of the training (`{source.card.template}`), and not the same token for token: "
+            "mmkit's `ChatModel` writes the prompts as they were."
+        )
 
 
 def write_originals(source: Source, work: Path, out: Path, dtype: torch.dtype, max_shard_size: str) -> None:
