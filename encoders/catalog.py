@@ -236,7 +236,7 @@ def _from_folder(folder: Path, source: str) -> VisionEncoder:
         encoder = VisionEncoder(VisionEncoderConfig.from_dict(values))
     except ValueError as error:
         raise DataError(f"encoder folder '{source}': {error}") from error
-    state = _folder_weights(folder)
+    state = folder_weights(folder)
     load_strict(encoder, state, f"{folder / 'model.safetensors'}")
     encoder.network.to(next(iter(state.values())).dtype)
     if encoder.config.text_tower == IN_THIS_FOLDER:  # the folder may have been moved: its own text tower is named by where it is now
@@ -244,7 +244,7 @@ def _from_folder(folder: Path, source: str) -> VisionEncoder:
     return encoder.eval()
 
 
-def _folder_weights(folder: Path) -> dict[str, Tensor]:
+def folder_weights(folder: Path) -> dict[str, Tensor]:
     """Read all weight files of a folder (large encoders are written in shards)."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

@@ -20,9 +20,10 @@ from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import load_tower
 from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK
 from llm_stage.llms import load_llm
 from mmkit.errors import ConfigError, DataError, find
@@ -44,12 +45,14 @@ class TowerGeometry:
         num_patches: N patch tokens per image.
         num_prefix_tokens: CLS and registers in front of them.
         patch_size: Pixels per patch; what LlavaProcessor computes the token count from.
+        beyond_grid: How many of the N are outside of the square grid that the processor counts: those of further encoders.
     """
 
     spec: ImageSpec
     num_patches: int
     num_prefix_tokens: int
     patch_size: int
+    beyond_grid: int = 0
 
     def image_tokens(self, select: Select) -> int:
         """How many tokens of one image reach the LLM: stock LLaVA drops exactly one under "default", none under "full"."""
@@ -60,7 +63,7 @@ _STOCK_PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> TowerGeometry:
-    """Read a tower's geometry: from mmkit's VisionEncoder, or from a stock CLIP or SigLIP vision model.
+    """Read a tower's geometry: from mmkit's VisionEncoder or JoinedEncoder, or from a stock CLIP or SigLIP vision model.
 
     Args:
         tower: The vision tower.
@@ -69,10 +72,10 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     Raises:
         ConfigError: The tower is of another kind, or its grid is not what its size and patch size say.
     """
-    config = tower.config
+    config, beyond = tower.config, 0
     if hasattr(tower, "num_prefix_tokens") and hasattr(tower, "spec"):
-        spec, patches, prefix = tower.spec, int(tower.num_patches), int(tower.num_prefix_tokens)
-        patch = spec.size // int(tower.grid[0])
+        spec, patches, prefix = tower.spec, int(tower.grid[0]) * int(tower.grid[1]), int(tower.num_prefix_tokens)
+        patch, beyond = spec.size // int(tower.grid[0]), int(tower.num_patches) - patches
     elif config.model_type in _STOCK_PREFIX:
         spec = spec or ImageSpec(size=config.image_size)
         patch, prefix = config.patch_size, _STOCK_PREFIX[config.model_type]
@@ -80,14 +83,21 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     else:
         raise ConfigError(
             f"a vision tower of type {type(tower).__name__} cannot be plugged into LLaVA: give an encoder that "
-            f"encoders.catalog.load_encoder returns, or a stock {' or '.join(_STOCK_PREFIX)}"
+            f"encoders.vision_towers.load_tower returns, or a stock {' or '.join(_STOCK_PREFIX)}"
         )
     if (spec.size // patch) ** 2 != patches:
         raise ConfigError(
             f"the tower gives {patches} patch tokens where {spec.size} px and patches of {patch} px make {(spec.size // patch) ** 2}: "
             "LLaVA's processor counts a square grid; take an encoder with one"
         )
-    return TowerGeometry(spec, patches, prefix, patch)
+    return TowerGeometry(spec, patches + beyond, prefix, patch, beyond)
+
+
+def with_resize(tower: PreTrainedModel, resize: str) -> PreTrainedModel:
+    """Let a VisionEncoder's pictures become square in another way than its own: "crop", "squash" or "pad"; "own" changes nothing."""
+    if resize != "own":
+        tower.config.image_spec = {**tower.config.image_spec, "resize": resize}
+    return tower
 
 
 def choose_select(geometry: TowerGeometry, select: Literal["auto", "default", "full"], source: str) -> Select:
@@ -125,7 +135,7 @@ def build_llava(
     """Put an encoder, a fresh projector and an LLM together.
 
     Args:
-        encoder: A name or folder for `load_encoder`, or a loaded tower.
+        encoder: A name or folder for `load_tower`, or a loaded tower.
         llm: A name or folder for `load_llm`, or a loaded causal LM with its tokenizer, which must know `<image>`.
         projector: "mlp2x_gelu" (v1.5) or "linear" (v1).
         feature_layer: Hidden state of the tower that is read; -1 is the last, -2 the one before.
@@ -144,7 +154,7 @@ def build_llava(
     """
     activation = find("projector", PROJECTORS, projector)
     tower_name = encoder if isinstance(encoder, str) else type(encoder).__name__
-    tower = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    tower = load_tower(encoder) if isinstance(encoder, str) else encoder
     language, tokenizer = load_llm(llm, dtype) if isinstance(llm, str) else llm
     geometry = tower_geometry(tower, spec)
     strategy = choose_select(geometry, select, tower_name)
@@ -165,7 +175,7 @@ def build_llava(
         tokenizer=tokenizer,
         patch_size=geometry.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=geometry.num_prefix_tokens,
+        num_additional_image_tokens=geometry.num_prefix_tokens + geometry.beyond_grid,
         chat_template=tokenizer.chat_template,
     )
     check_image_tokens(model, processor)
@@ -256,9 +266,13 @@ def check_image_tokens(model: LlavaForConditionalGeneration, processor: LlavaPro
     return features
 
 
-def _without_graph(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _without_graph(tower: nn.Module, config: LlavaConfig, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A frozen tower's forward; features [n, N, C] that it gave before (llm_stage/feature_cache.py) pass as if they came out of it."""
+    if pixel_values.dim() == 3:
+        dropped = 1 if config.vision_feature_select_strategy == "default" else 0  # LLaVA takes off the first token, which is not stored
+        return BaseModelOutputWithPooling(hidden_states={config.vision_feature_layer: F.pad(pixel_values, (0, 0, dropped, 0))})
     with torch.no_grad():
-        return type(tower).forward(tower, *args, **kwargs)
+        return type(tower).forward(tower, pixel_values, *args, **kwargs)
 
 
 def freeze_tower(model: LlavaForConditionalGeneration) -> nn.Module:
@@ -267,7 +281,7 @@ def freeze_tower(model: LlavaForConditionalGeneration) -> nn.Module:
     The third is needed because peft and gradient checkpointing hook the tower's first layer, and a frozen tower then builds a graph.
     """
     tower = freeze(model.model.vision_tower)
-    tower.forward = partial(_without_graph, tower)  # a partial survives deepcopy and pickle; save_pretrained never sees it
+    tower.forward = partial(_without_graph, tower, model.config)  # a partial survives deepcopy and pickle; save_pretrained never sees it
     return tower
 
 
@@ -280,7 +294,8 @@ def set_stage(model: LlavaForConditionalGeneration, train_llm: bool) -> None:
         model.model.multi_modal_projector.linear_2.requires_grad_(False)
     for part in (model.model.language_model, model.lm_head):
         if train_llm:
-            part.requires_grad_(True)
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights take no gradient
         else:
             freeze(part)
 
@@ -295,7 +310,9 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
 
     Args:
         model: The LLaVA, bare or wrapped (peft, DDP, DeepSpeed).
-        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w] or None. Labels are not shifted.
+        batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w], or features [images, N, D] that the frozen tower
+            gave before, or None. Labels are not shifted. A packed batch brings position_ids [B, L] and None for attention_mask (see
+            packing.py).
 
     Returns:
         The loss [], and how many tokens it is the mean of.
@@ -315,9 +332,10 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     output = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
+        position_ids=batch.get("position_ids"),
         pixel_values=batch.get("pixel_values"),
         logits_to_keep=keep,
-        use_cache=False,
+        use_cache=False,  # with a cache, packed examples would see each other
     )
     return F.cross_entropy(output.logits.float(), labels[:, 1:][keep[:, :-1]]), count  # logits [count, V]
 

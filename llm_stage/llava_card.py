@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from encoders.vision_towers import folders, with_folders
 from mmkit.checkpoint import atomic_write
 from mmkit.errors import DataError
 
@@ -28,6 +29,7 @@ class LlavaCard:
         projector, feature_layer, select: As for `build_llava`.
         template, system: Of `ChatFormat`.
         stage: 1 or 2.
+        resize: As for `with_resize`.
         quantization: How the LLM was held in training, if not whole: {"bits": 4, "type": "nf4", "double": true, "dtype": "bf16"}. Its
             adapters are added to weights that went through the same rounding.
         encoder_card: What is known of the encoder: its origin, width, image size, tokens.
@@ -43,6 +45,7 @@ class LlavaCard:
     template: str = "own"
     system: str | None = None
     stage: int = 1
+    resize: str = "own"
     quantization: dict[str, Any] = field(default_factory=dict)
     encoder_card: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,9 @@ class LlavaCard:
             if Path(values[key]).is_dir():
                 values[f"{key}_folder"] = os.path.relpath(values[key], home)
                 values[key] = str(Path(values[key]).absolute())
+        if parts := folders(self.encoder) if not Path(self.encoder).is_dir() else []:  # several encoders, or one at another image size
+            values["encoder_parts"] = {str(Path(part).absolute()): os.path.relpath(part, home) for part in parts}
+            values["encoder"] = with_folders(self.encoder, lambda part: str(Path(part).absolute()))
         values |= {"files": file_table(folder)} if files else {}
         atomic_write(folder / CARD, json.dumps(values, indent=1) + "\n")
 
@@ -79,6 +85,9 @@ def read_card(folder: Path) -> LlavaCard | None:
             near = values.pop(f"{key}_folder", None)
             if near is not None and (folder / near).is_dir():
                 values[key] = os.path.normpath(folder / near)
+        for absolute, near in values.pop("encoder_parts", {}).items():
+            if (folder / near).is_dir():
+                values["encoder"] = values["encoder"].replace(absolute, os.path.normpath(folder / near))
         return LlavaCard(**values)
     except TypeError as error:
         raise DataError(f"{folder / CARD} is not a card that this version of mmkit wrote: {error}") from error

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import load_tower
 from llm_stage.adapters import ADAPTER, load_adapter, merged, round_like_quantized
-from llm_stage.llava import build_llava, check_image_tokens
+from llm_stage.llava import build_llava, check_image_tokens, with_resize
 from llm_stage.llava_card import CARD, LlavaCard, check_files, read_card
 from llm_stage.original_llava import fill_projector, is_original, load_original, projector_file
 from llm_stage.run_checkpoint import is_checkpoint, load_checkpoint
@@ -193,7 +193,7 @@ def _load_processor(folder: Path) -> LlavaProcessor:
 
 
 def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    tower = load_encoder(card.encoder)
+    tower = with_resize(load_tower(card.encoder), card.resize)
     found = weights_hash(tower)  # before the cast to dtype
     if found != card.encoder_hash:
         raise DataError(

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
-from encoders.catalog import load_encoder
+from encoders.vision_towers import at_size, load_tower
 from llm_stage.adapters import round_like_quantized
-from llm_stage.llava import build_llava
+from llm_stage.llava import build_llava, with_resize
 from llm_stage.llava_card import LlavaCard, read_card, refuse_cut_off
+from llm_stage.llava_settings import LoraSettings
+from llm_stage.tuning import add_lora
 from mmkit.checkpoint import load_weights, refuse_differences
 from mmkit.errors import ConfigError, DataError
 from mmkit.snapshots import read_state
@@ -57,7 +58,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, *, from_ze
             raise DataError(f"{path} {said}: this checkpoint is not whole. Take another one of {folder.parent}")
     refuse_cut_off([folder / TRAINABLE])
     settings = run_settings(folder.parent.parent)
-    tower = load_encoder(_setting(settings, "encoder", folder))
+    tower = with_resize(load_tower(_setting(settings, "encoder", folder)), settings.get("resize", "own"))
     card = _card(settings, tower, folder, state)
     model: Any
     model, processor = build_llava(tower, card.llm, card.projector, card.feature_layer, card.select, dtype=dtype)
@@ -65,7 +66,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, *, from_ze
         round_like_quantized(model.model.language_model, card.quantization)
     lora = settings.get("lora") or {}
     if lora.get("rank"):
-        model = _with_lora(model, lora)
+        model = add_lora(model, LoraSettings(**{**lora, "quantize": "none"}), seed=0)  # rounded already, where it was trained in 4 bits
     values = zero_weights(folder) if from_zero else load_weights(folder / TRAINABLE)
     fill_trained(model, values, state["trained"], str(folder))
     return model.eval(), processor, card
@@ -87,6 +88,8 @@ def run_settings(run: Path) -> dict[str, Any]:
     earlier = read_card(Path(settings["pretrained"])) if settings.get("pretrained") else None
     for name in ("encoder", "llm"):
         settings[name] = settings[name] or (getattr(earlier, name) if earlier else "")
+    if settings.get("image_size"):
+        settings["encoder"] = at_size(settings["encoder"], settings["image_size"])
     return settings
 
 
@@ -109,17 +112,10 @@ def _card(settings: dict[str, Any], tower: nn.Module, folder: Path, state: dict[
         encoder=_setting(settings, "encoder", folder), llm=_setting(settings, "llm", folder), encoder_hash=found,
         projector=settings["projector"], feature_layer=settings.get("feature_layer", -2), select=settings.get("select", "auto"),
         template=settings.get("template", "own"), system=settings.get("system"), stage=settings["stage"],
+        resize=settings.get("resize", "own"),
     )  # fmt: skip
     data = Path((settings.get("data") or {}).get("json") or "").name
     return replace(card, training={**card.training, "data": data, "steps": state["step"], "seed": (settings.get("run") or {}).get("seed")})
-
-
-def _with_lora(model: LlavaForConditionalGeneration, lora: dict[str, Any]) -> Any:
-    config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora.get("dropout", 0.0), target_modules=lora["targets"],
-        modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, config)
 
 
 def fill_trained(model: nn.Module, values: dict[str, Tensor], trained: list[str], source: str) -> None:

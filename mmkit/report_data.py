@@ -175,6 +175,10 @@ def _add_evaluation(data: RunData, path: Path, root: Path, prefix: str) -> None:
             raise DataError(f"{path}: metric '{name}' is {value!r}; a value with its interval is wanted: value, ci95 [low, high], n")
     if not summary["metrics"]:
         raise DataError(f"{path} has no metrics")
+    if summary.get("unit", "percent") != "percent":  # the tables and plots are of shares
+        values = ", ".join(f"{name} {value['value']:g} {value['ci95']}" for name, value in summary["metrics"].items())
+        data.notes.append(f"{prefix}{path.parent.relative_to(root).as_posix()}: {values} ({summary['unit']}, no share; not in the tables)")
+        return
     encoder = path.parent.parent.name if path.parent != root else str(summary.get("model") or root.name)
     encoder, benchmark = prefix + encoder, str(summary["benchmark"])
     before = data.find(encoder, benchmark)
