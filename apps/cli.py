@@ -47,6 +47,9 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"
     ),
+    "export": Command(
+        "llm_stage.export:main", "a LLaVA folder -> plain transformers, LLaVA's own layout, mm_projector.bin; model card, proof of equality"
+    ),
     "convert uta": Command("encoders.convert:uta", "the authors' UTA checkpoint -> encoder folder with image and text tower"),
     "convert eva": Command("encoders.convert:eva", "an EVA-CLIP checkpoint, or LAVIS's eva_vit_g.pth -> encoder folder"),
     "convert open-clip": Command("encoders.convert:open_clip", "an encoder and its text tower -> an open_clip model"),
@@ -54,7 +57,7 @@ COMMANDS: dict[str, Command] = {
     "convert resize": Command("encoders.convert:resize", "an encoder -> the same at another patch or image size"),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | recipes | sweeps"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),
 }
 
 

@@ -1,6 +1,6 @@
 """The demo: choose an image, ask, and read the answers of one to four models side by side, as they are written.
 
-    mmkit demo                                            the models of runs/quickstart
+    mmkit demo                                            the models of runs/quickstart; without any, the one in this package
     mmkit demo --model runs/a/model --model runs/b/model  these
 
 One process, bound to loopback. The page asks nothing of any other host: system fonts, no analytics, no sharing, no remote scripts.
@@ -45,7 +45,9 @@ class DemoConfig:
 
     model: list[str] = field(
         default_factory=list,
-        metadata={"help": "model folders, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart"},
+        metadata={
+            "help": "folders, or names of `mmkit list models`, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart"
+        },
     )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; loopback keeps the demo to this machine"})
     port: int = field(default=7860, metadata={"help": "port; 0 takes a free one"})
@@ -250,17 +252,23 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 0, *, open_br
 
 
 def quickstart_models() -> list[str]:
-    """The models that `mmkit quickstart` made here.
+    """The models that `mmkit quickstart` made here, or, where it has made none, the chat model that comes with the kit.
 
     Raises:
         ConfigError: There are none; the message says what to run.
     """
+    from llm_stage.models import MODELS
+
     models = sorted(str(path.parent) for path in QUICKSTART.glob("*/config.json"))
-    if not models:
+    if models:
+        return models[:4]
+    shipped = [name for name, row in MODELS.items() if row.usable]
+    if not shipped:
         raise ConfigError(
             f"no --model was given and {QUICKSTART} holds none. Make them: `mmkit quickstart`; or name yours: `mmkit demo --model FOLDER`"
         )
-    return models[:4]
+    print(f"no --model was given and {QUICKSTART} holds none: this is {shipped[0]}, {MODELS[shipped[0]].about}", flush=True)
+    return shipped[:1]
 
 
 def example_images(count: int, seed: int = 7) -> list[Image.Image]:

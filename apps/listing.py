@@ -1,4 +1,4 @@
-"""`mmkit list encoders | llms | recipes | sweeps`: what there is to name on a command line."""
+"""`mmkit list encoders | llms | models | recipes | sweeps`: what there is to name on a command line."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,15 @@ def llms() -> Rows:
     return from_table(LLMS)
 
 
+def models() -> Rows:
+    """The chat models that come with the kit, as far as their weights are in this installation."""
+    from llm_stage.models import MODELS
+
+    headings, rows = from_table(MODELS)
+    here = {name: "yes" if row.present else "no" for name, row in MODELS.items()}
+    return [*headings, "here"], [[*row, here[row[0]]] for row in rows]
+
+
 def recipes() -> Rows:
     """All recipes, with the first line of their heads."""
     return from_files("recipes")
@@ -39,7 +48,7 @@ def sweeps() -> Rows:
     return from_files("sweeps")
 
 
-LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "recipes": recipes, "sweeps": sweeps}
+LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "models": models, "recipes": recipes, "sweeps": sweeps}
 
 
 def from_table(table: Mapping[str, Any]) -> Rows:

@@ -15,7 +15,7 @@ from encoders.class_folders import ClassFolders, OnBad
 from encoders.zeroshot import label_ranks
 from mmkit.errors import DataError, TrainingError
 from mmkit.images import ImageError, ImageSpec, open_image
-from mmkit.snapshots import gather
+from mmkit.ranks import gather
 from mmkit.stats import wilson
 
 Row = dict[str, Any]

@@ -201,7 +201,7 @@ def from_hf(name: str, *, origin: str) -> VisionEncoder:
     """
     try:
         config: Any = AutoConfig.from_pretrained(name)
-        spec_values = _hf_spec(name, config)
+        spec_values = hf_spec(name, config)
         kind = config.model_type
         vision: Any = getattr(config, "vision_config", config)
         if kind in ("clip", "clip_vision_model"):
@@ -253,8 +253,8 @@ def _hf_embedding(model: Any, images: Tensor) -> Tensor:
     return embedding
 
 
-def _hf_spec(name: str, config: Any) -> dict[str, Any]:
-    """Read mean, std and the way to resize from preprocessor_config.json beside the weights; without one they are the family's own."""
+def hf_spec(name: str, config: Any) -> dict[str, Any]:
+    """Read mean, std and the way to resize from preprocessor_config.json beside the weights of a CLIP or SigLIP; without one they are the family's own."""
     siglip = config.model_type.startswith("siglip")
     values: dict[str, Any] = (
         {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": "squash"} if siglip else {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}

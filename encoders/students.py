@@ -11,8 +11,9 @@ import torch
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
+from encoders.catalog import load_encoder
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
-from encoders.teachers import Teacher, check_grids
+from encoders.teachers import Teacher, check_student
 from mmkit.errors import ConfigError
 from mmkit.images import ImageSpec
 
@@ -23,6 +24,7 @@ MASK_TOKEN_STD = 0.02
 class StudentConfig:
     """The network to be trained."""
 
+    start: str = field(default="", metadata={"help": "begin with the weights of this encoder, a name or folder, not with random ones"})
     architecture: str = field(default="eva02_base_patch14_224", metadata={"help": "a timm VisionTransformer or Eva"})
     model_args: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "its arguments: img_size, patch_size, embed_dim, depth, drop_path_rate, ..."}
@@ -34,6 +36,18 @@ class StudentConfig:
         default=False, metadata={"help": "compute blocks again in the backward: a third slower, less memory"}
     )
     compile: bool = field(default=False, metadata={"help": "torch.compile student and teacher: K is constant, so it happens once"})
+
+    def validate(self) -> None:
+        """Refuse to build what is loaded.
+
+        Raises:
+            ConfigError: `start` is given, and settings of a new network beside it.
+        """
+        for name in ("architecture", "model_args", "absolute_positions", "rotary_positions", "init") if self.start else ():
+            if getattr(self, name) != getattr(StudentConfig(), name):
+                raise ConfigError(
+                    f"encoder.start {self.start} brings its network along, and encoder.{name} {getattr(self, name)} describes a new one"
+                )
 
 
 class Student(nn.Module):
@@ -92,30 +106,53 @@ class Student(nn.Module):
 
 
 def build_student(config: StudentConfig, teacher: Teacher) -> VisionEncoder:
-    """Build a student with random weights, whose head ends in the teacher's joint space.
+    """Build a student whose head ends in the teacher's joint space: with random weights, or with those of `config.start`.
 
     Raises:
-        ConfigError: The network cannot be built, or sees another grid than the teacher.
+        NameNotFound: There is no encoder of the name to start with.
+        ConfigError: The network cannot be built, ends in another space, or sees another grid than the teacher.
+    """
+    student = loaded_student(config.start) if config.start else new_student(config, teacher)
+    student.config.text_tower = teacher.text_tower
+    check_student(student, teacher)
+    if config.gradient_checkpointing:
+        student.network.set_grad_checkpointing(True)
+    return student
+
+
+def loaded_student(source: str) -> VisionEncoder:
+    """Load an encoder to go on with, in float32.
+
+    Raises:
+        NameNotFound: There is none of this name.
+        ConfigError: It gives no tokens in a joint space, as where it pools by attention.
+    """
+    student = load_encoder(source).float()
+    try:
+        with torch.no_grad():
+            student.tokens(torch.zeros(1, 3, student.spec.size, student.spec.size))
+    except ValueError as error:
+        raise ConfigError(f"encoder.start {source}: {error}") from error
+    return student
+
+
+def new_student(config: StudentConfig, teacher: Teacher) -> VisionEncoder:
+    """Build a network with random weights, which sees pictures as the teacher does, at its own size.
+
+    Raises:
+        ConfigError: The network cannot be built.
     """
     try:
         student = VisionEncoder(
-            VisionEncoderConfig(
-                architecture=config.architecture,
-                model_args=network_args(config),
-                joint_width=teacher.joint_width,
-                text_tower=teacher.text_tower,
-            )
+            VisionEncoderConfig(architecture=config.architecture, model_args=network_args(config), joint_width=teacher.joint_width)
         )
     except ValueError as error:
         raise ConfigError(f"encoder.architecture '{config.architecture}': {error}") from error
     t = teacher.spec
     spec = ImageSpec(student.config.image_size or 0, t.mean, t.std, t.interpolation, t.resize)  # crop_pct 1: timm's 0.9 is for classifiers
     student.config.image_spec = spec.to_dict()
-    check_grids(student, teacher)
     if config.init == "eva02":
         eva02_init(student.network)
-    if config.gradient_checkpointing:
-        student.network.set_grad_checkpointing(True)
     return student
 
 

@@ -123,6 +123,7 @@ def check_student(student: VisionEncoder, teacher: Teacher) -> None:
         head = f"ends in {student.joint_width} channels" if student.joint_width else "has no head to a joint space"
         raise ConfigError(
             f"the student '{student.config.origin}' {head}, the teacher '{teacher.source}' gives targets of {teacher.joint_width}: "
-            "nothing is projected between them; take a student with such a head (a new one has it), or the teacher it was trained towards"
+            "nothing is projected between them; take a student with such a head (a new one, without --encoder.start, has it), "
+            "or the teacher it was trained towards"
         )
     check_grids(student, teacher)

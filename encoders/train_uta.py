@@ -192,7 +192,8 @@ def export(run: Run, model: Any, config: UTAConfig, kept: int) -> None:
         return
     state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}  # no mask token
     student = run.unwrap().encoder
-    student.config.origin = f"{config.objective.upper()}, teacher {config.teacher}, {run.step} steps"
+    begun = f", begun with {config.encoder.start}" if config.encoder.start else ""
+    student.config.origin = f"{config.objective.upper()}, teacher {config.teacher}, {run.step} steps{begun}"
     student.config.training = {
         "objective": config.objective,
         "teacher": config.teacher,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -341,6 +341,11 @@ class ConversationDataset:
         """Words and image tokens of each row, from the index alone; good enough to group rows of like length."""
         return [item.words + len(item.images) * self.tokens_per_image for item in self.conversations]
 
+    @property
+    def modalities(self) -> list[bool]:
+        """Whether each row has an image."""
+        return [bool(item.images) for item in self.conversations]
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """One example: "input_ids", "labels" (lists), "images" (tensors [3, H, W]); None for a bad one under "skip"."""
         item = self.conversations[index]
@@ -378,25 +383,27 @@ def skip_report(messages: Sequence[str], rows: int, shown: int = 5) -> str:
 
 
 def collate(
-    items: Sequence[dict[str, Any]], pad_id: int, image_token_id: int | None = None, tokens_per_image: int | None = None
-) -> dict[str, Tensor | None]:
+    items: Sequence[Mapping[str, Any]], pad_id: int, image_token_id: int | None = None, tokens_per_image: int | None = None
+) -> dict[str, Any]:
     """Pad examples on the right and stack their pictures.
 
     Args:
-        items: Examples of `ConversationDataset`.
+        items: Examples of `ConversationDataset`, or rows of `packing.pack`.
         pad_id: Fills up the ids; masked and without labels, so any id will do.
         image_token_id: With tokens_per_image, each row's placeholders are held against its own pictures: transformers compares only sums.
         tokens_per_image: See image_token_id.
 
     Returns:
-        "input_ids", "attention_mask", "labels" [B, L], and "pixel_values" [images, 3, H, W], None where no row has a picture.
+        "input_ids", "attention_mask", "labels" [B, L], and "pixel_values" [images, 3, H, W], None where no row has a picture. Packed rows
+        have "position_ids" [B, L] in which each example, and the padding, starts from 0, "real_tokens", and None for "attention_mask".
 
     Raises:
         ValueError: A row's placeholders do not fit its pictures.
     """
+    packed = "position_ids" in items[0]
     length = max(len(item["input_ids"]) for item in items)
     ids = torch.full((len(items), length), pad_id)
-    mask = torch.zeros_like(ids)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORE_INDEX)
     pictures: list[Tensor] = []
     for row, item in enumerate(items):
@@ -408,5 +415,9 @@ def collate(
                     f"row {row} of the batch: {placeholders} image placeholders, {len(images)} picture(s) of {tokens_per_image} tokens"
                 )
         ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(item["input_ids"]), torch.tensor(item["labels"]), 1
+        if packed:
+            positions[row] = torch.tensor([*item["position_ids"], *range(length - n)])
         pictures += images
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None}
+    # a mask given with the positions would switch the separation off without a word
+    return {**batch, "attention_mask": None, "position_ids": positions, "real_tokens": int(mask.sum())} if packed else batch

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llm_stage.benchmarks import Benchmark, VqaItem, choose, most_frequent, read_items, read_json, shuffle_images
 from llm_stage.chat_format import Turn
 from llm_stage.generate import ChatModel, ChatRequest
+from llm_stage.models import model_folder
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
@@ -39,7 +40,7 @@ _WINDOW, _WINDOWS = 1 << 16, 16  # of each file, what the fingerprint of a model
 class EvalVqaConfig:
     """Settings of one evaluation."""
 
-    model: str = field(default="", metadata={"help": "folder of a trained LLaVA model"})
+    model: str = field(default="", metadata={"help": "folder of a trained LLaVA model, or a name of `mmkit list models`"})
     questions: str = field(default="", metadata={"help": "VQAv2-format questions (JSON)"})
     annotations: str = field(default="", metadata={"help": "VQAv2-format annotations with ten answers each (JSON)"})
     images: str = field(default="", metadata={"help": "folder the pictures' names are relative to"})
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         items = shuffle_images(items, config.shuffle_seed)
     baseline, baseline_from = baseline_answers(config)
     identity = identify(config, benchmark, head)
-    model = ChatModel.load(Path(config.model))
+    model = ChatModel.load(config.model)
     open_folder(out, identity, config.overwrite)
     answers = answer_all(model, benchmark, items, config, out)
     scores = score(items, answers, benchmark)
@@ -115,7 +116,7 @@ def identify(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
     return {
         "benchmark": benchmark.name,
         "model": config.model,
-        "model_fingerprint": fingerprint(Path(config.model)),
+        "model_fingerprint": fingerprint(model_folder(config.model)),
         "prompt": benchmark.prompt,
         "max_new_tokens": config.max_new_tokens or benchmark.max_new_tokens,
         "questions_sha256": head["sha256"],

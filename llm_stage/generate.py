@@ -30,6 +30,7 @@ from transformers import (
 
 from llm_stage.chat_format import IMAGE_MARK, ChatFormat, Turn
 from llm_stage.llava_folder import LlavaCard, load_llava
+from llm_stage.models import MODELS, model_folder
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import open_image
 
@@ -87,10 +88,11 @@ class ChatModel:
         template: str | None = None,
         name: str | None = None,
     ) -> ChatModel:
-        """Load any LLaVA folder: ours of any stage, or a stock one with its own processor and chat template.
+        """Load any LLaVA folder: ours of any stage, a checkpoint of a run, a stock one with its own processor and chat template, or one
+        in LLaVA's own layout.
 
         Args:
-            folder: The folder.
+            folder: The folder, or a name of `llm_stage.models.MODELS`.
             device: None is the accelerator if there is one.
             dtype: None is float32 on a CPU, bfloat16 on an accelerator.
             template: Of `ChatFormat`; None is the one it was trained with, or the folder's own.
@@ -100,7 +102,7 @@ class ChatModel:
             ConfigError: It is not a LLaVA folder, or has no chat template and none was given.
             DataError: Its weights or its processor are broken.
         """
-        folder = Path(folder)
+        given, folder = str(folder), model_folder(folder)
         device = torch.device(device) if device is not None else _best_device()
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         model, processor, card = load_llava(folder, dtype)
@@ -112,7 +114,7 @@ class ChatModel:
         else:
             raise ConfigError(f"{folder} has no chat template; say what it was trained with: template='vicuna_v1' (llama_2, chatml, plain)")
         resolved = folder.resolve()
-        name = name or (resolved.parent.name if resolved.name == "model" else resolved.name)
+        name = name or (given if given in MODELS else resolved.parent.name if resolved.name == "model" else resolved.name)
         return cls(model.to(device), processor, chat_format, name, card)
 
     # -- answers ------------------------------------------------------------------------------------------------------------------------

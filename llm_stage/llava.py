@@ -93,6 +93,13 @@ def tower_geometry(tower: PreTrainedModel, spec: ImageSpec | None = None) -> Tow
     return TowerGeometry(spec, patches + beyond, prefix, patch, beyond)
 
 
+def with_resize(tower: PreTrainedModel, resize: str) -> PreTrainedModel:
+    """Let a VisionEncoder's pictures become square in another way than its own: "crop", "squash" or "pad"; "own" changes nothing."""
+    if resize != "own":
+        tower.config.image_spec = {**tower.config.image_spec, "resize": resize}
+    return tower
+
+
 def choose_select(geometry: TowerGeometry, select: Literal["auto", "default", "full"], source: str) -> Select:
     """Settle which tower tokens are used, and refuse the choices that lose patches or keep registers silently.
 
@@ -287,7 +294,8 @@ def set_stage(model: LlavaForConditionalGeneration, train_llm: bool) -> None:
         model.model.multi_modal_projector.linear_2.requires_grad_(False)
     for part in (model.model.language_model, model.lm_head):
         if train_llm:
-            part.requires_grad_(True)
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights take no gradient
         else:
             freeze(part)
 
@@ -303,7 +311,8 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     Args:
         model: The LLaVA, bare or wrapped (peft, DDP, DeepSpeed).
         batch: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w], or features [images, N, D] that the frozen tower
-            gave before, or None. Labels are not shifted.
+            gave before, or None. Labels are not shifted. A packed batch brings position_ids [B, L] and None for attention_mask (see
+            packing.py).
 
     Returns:
         The loss [], and how many tokens it is the mean of.
@@ -323,9 +332,10 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     output = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
+        position_ids=batch.get("position_ids"),
         pixel_values=batch.get("pixel_values"),
         logits_to_keep=keep,
-        use_cache=False,
+        use_cache=False,  # with a cache, packed examples would see each other
     )
     return F.cross_entropy(output.logits.float(), labels[:, 1:][keep[:, :-1]]), count  # logits [count, V]
 

@@ -6,17 +6,17 @@ Three kinds, told apart by the files in them, never by their names:
     adapter    adapter_config.json, adapter_model.safetensors       LoRA and the projector; encoder and LLM by reference (stage 2, LoRA)
     projector  projector.safetensors                                the projector alone; encoder and LLM by reference (stage 1)
 
-Each kind of ours has mmkit_llava.json beside it (`LlavaCard`): the parts, how they were joined, and the template of the chats.
+Each kind of ours has mmkit_llava.json beside it (`LlavaCard`): the parts, how they were joined, the template of the chats, and the hashes
+of the weight files. Folders in LLaVA's own layout (original_llava.py) and the checkpoints of a run (run_checkpoint.py) load the same way.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,111 +24,53 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from encoders.vision_towers import folders, load_tower, with_folders
-from llm_stage.llava import build_llava, check_image_tokens
+from encoders.vision_towers import load_tower
+from llm_stage.adapters import ADAPTER, load_adapter, merged, round_like_quantized
+from llm_stage.llava import build_llava, check_image_tokens, with_resize
+from llm_stage.llava_card import CARD, LlavaCard, check_files, read_card
+from llm_stage.original_llava import fill_projector, is_original, load_original, projector_file
+from llm_stage.run_checkpoint import is_checkpoint, load_checkpoint
 from mmkit.checkpoint import atomic_folder, load_strict, load_weights, save_weights
 from mmkit.errors import ConfigError, DataError
 from mmkit.trainable import weights_hash
 
-CARD = "mmkit_llava.json"
 PROJECTOR = "projector.safetensors"
-ADAPTER = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class LlavaCard:
-    """How a LLaVA was put together.
-
-    Attributes:
-        encoder, llm: Names or folders, as given to `build_llava`; folders are found relative to the card, then as they were given.
-        encoder_hash: Of the tower's weights (`weights_hash`): another encoder under the same name is refused.
-        projector, feature_layer, select: As for `build_llava`.
-        template, system: Of `ChatFormat`.
-        stage: 1 or 2.
-        encoder_card: What is known of the encoder: its origin, width, image size, tokens.
-        training: Data and steps, for people.
-    """
-
-    encoder: str
-    llm: str
-    encoder_hash: str
-    projector: str = "mlp2x_gelu"
-    feature_layer: int = -2
-    select: Literal["auto", "default", "full"] = "auto"
-    template: str = "own"
-    system: str | None = None
-    stage: int = 1
-    encoder_card: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path, home: Path) -> None:
-        """Write the card into `folder`, whose final place is `home`."""
-        values = asdict(self)
-        for key in ("encoder", "llm"):
-            if Path(values[key]).is_dir():
-                values[f"{key}_folder"] = os.path.relpath(values[key], home)
-                values[key] = str(Path(values[key]).absolute())
-        if parts := folders(self.encoder) if not Path(self.encoder).is_dir() else []:  # several encoders, or one at another image size
-            values["encoder_parts"] = {str(Path(part).absolute()): os.path.relpath(part, home) for part in parts}
-            values["encoder"] = with_folders(self.encoder, lambda part: str(Path(part).absolute()))
-        (folder / CARD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def read_card(folder: Path) -> LlavaCard | None:
-    """The card of a folder, with its references resolved; None where there is none (a folder that mmkit did not write).
-
-    Raises:
-        DataError: It is broken.
-    """
-    path = folder / CARD
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("encoder", "llm"):
-            near = values.pop(f"{key}_folder", None)
-            if near is not None and (folder / near).is_dir():
-                values[key] = os.path.normpath(folder / near)
-        for absolute, near in values.pop("encoder_parts", {}).items():
-            if (folder / near).is_dir():
-                values["encoder"] = values["encoder"].replace(absolute, os.path.normpath(folder / near))
-        return LlavaCard(**values)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a card that this version of mmkit wrote: {error}") from error
-
 
 # -- writing ---------------------------------------------------------------------------------------------------------------------------
 
 
 def save_llava(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, card: LlavaCard, folder: Path | str,
-    *, state: Mapping[str, Tensor] | None = None, overwrite: bool = False,
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, card: LlavaCard | None, folder: Path | str,
+    *, state: Mapping[str, Tensor] | None = None, overwrite: bool = False, max_shard_size: str = "5GB",
 ) -> Path:  # fmt: skip
     """Write a whole Hugging Face LLaVA folder, complete or not at all.
 
     Args:
         model: The bare model.
         processor: Its processor.
-        card: How it was made.
+        card: How it was made; None where that is not known.
         folder: The folder to make.
         state: Gathered weights, where the model's own are sharded (ZeRO-3).
         overwrite: Replace a folder of this name.
+        max_shard_size: Largest weight file, as transformers writes sizes.
     """
     with atomic_folder(folder, overwrite=overwrite) as work:
-        model.save_pretrained(work, **({} if state is None else {"state_dict": dict(state)}))
+        extra = {} if state is None else {"state_dict": dict(state)}
+        model.save_pretrained(work, max_shard_size=max_shard_size, **extra)
         processor.save_pretrained(work)
-        card.write(work, Path(folder))
+        if card is not None:
+            card.write(work, Path(folder))
     return Path(folder)
 
 
 def save_projector(
-    state: Mapping[str, Tensor], processor: LlavaProcessor, card: LlavaCard, folder: Path | str, *, overwrite: bool = False
+    state: Mapping[str, Tensor], processor: LlavaProcessor | None, card: LlavaCard, folder: Path | str, *, overwrite: bool = False
 ) -> Path:
     """Write a stage-1 folder.
 
     Args:
         state: The weights of the model; only those of the projector are taken.
-        processor: The model's processor.
+        processor: The model's processor, for others; None leaves it out, as loading makes it again from encoder and LLM.
         card: How it was made.
         folder: The folder to make.
         overwrite: Replace a folder of this name.
@@ -139,13 +81,14 @@ def save_projector(
         raise DataError("there is no projector among the weights to save: were they gathered on this rank?")
     with atomic_folder(folder, overwrite=overwrite) as work:
         save_weights(projector, work / PROJECTOR)
-        processor.save_pretrained(work)
+        if processor is not None:
+            processor.save_pretrained(work)
         card.write(work, Path(folder))
     return Path(folder)
 
 
 def save_adapter(
-    model: PeftModel, processor: LlavaProcessor, card: LlavaCard, folder: Path | str,
+    model: PeftModel, processor: LlavaProcessor | None, card: LlavaCard, folder: Path | str,
     *, state: Mapping[str, Tensor] | None = None, overwrite: bool = False,
 ) -> Path:  # fmt: skip
     """Write LoRA and projector; encoder and LLM stay where the card says. Arguments as for `save_llava`."""
@@ -154,7 +97,8 @@ def save_adapter(
         extra = {} if state is None else {"state_dict": dict(state)}
         model.save_pretrained(work, save_embedding_layers=False, **extra)
         (work / "README.md").unlink(missing_ok=True)  # peft's blank form of a model card
-        processor.save_pretrained(work)
+        if processor is not None:
+            processor.save_pretrained(work)
         card.write(work, Path(folder))
     return Path(folder)
 
@@ -163,32 +107,46 @@ def save_adapter(
 
 
 def load_llava(
-    folder: Path | str, dtype: torch.dtype = torch.float32, *, merge: bool = True
+    folder: Path | str, dtype: torch.dtype = torch.float32, *, merge: bool = True, encoder: str = "", llm: str = ""
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, LlavaCard | None]:
-    """Load any LLaVA folder: whole (ours or a stock one), adapter or projector.
+    """Load any LLaVA folder: ours (whole, adapter, projector, checkpoint of a run), a stock one, or one in LLaVA's own layout.
 
     Args:
         folder: The folder.
         dtype: Of the weights.
         merge: Add a LoRA into the weights, which leaves the stock model; False keeps peft's model around it.
+        encoder, llm: Where the parts are that a folder refers to; empty goes by its card, or what an original folder says.
 
     Returns:
-        The model in eval mode, its processor, and its card (None for a folder that mmkit did not write).
+        The model in eval mode, its processor, and its card (None for a stock folder).
 
     Raises:
         ConfigError: It is not a LLaVA folder; the message says what is in it.
-        DataError: Weights are missing, superfluous, misshapen, or belong to another encoder.
+        DataError: A file is missing, cut off or another one than was written (the message names it); weights are missing, superfluous,
+            misshapen, or belong to another encoder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"there is no model folder {folder}: give what train_llava.py wrote (RUN/model) or a Hugging Face LLaVA folder")
+    if is_checkpoint(folder):
+        model, processor, made = load_checkpoint(folder, dtype)
+        return finished(model, merge).to(dtype), processor, made
+    if is_original(folder):
+        return load_original(folder, dtype, merge=merge, encoder=encoder, llm=llm)
     card = read_card(folder)
+    check_files(folder)
     if card is not None and ((folder / PROJECTOR).is_file() or (folder / ADAPTER).is_file()):
+        card = replace(card, encoder=encoder or card.encoder, llm=llm or card.llm)
         return (*_load_parts(folder, card, dtype, merge), card)
     model = _load_whole(folder, dtype)
     processor = _load_processor(folder)
     check_image_tokens(model, processor)
     return model, processor, card
+
+
+def finished(model: Any, merge: bool) -> Any:
+    """A model in eval mode, its adapter, if it has one, added in where asked for."""
+    return merged(model) if merge and isinstance(model, PeftModel) else model.eval()
 
 
 def _load_whole(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -235,7 +193,7 @@ def _load_processor(folder: Path) -> LlavaProcessor:
 
 
 def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    tower = load_tower(card.encoder)
+    tower = with_resize(load_tower(card.encoder), card.resize)
     found = weights_hash(tower)  # before the cast to dtype
     if found != card.encoder_hash:
         raise DataError(
@@ -246,24 +204,32 @@ def _load_parts(folder: Path, card: LlavaCard, dtype: torch.dtype, merge: bool) 
     if (folder / PROJECTOR).is_file():
         load_projector(model, folder)
         return model, processor
-    adapted = PeftModel.from_pretrained(model, folder)
-    return (adapted.merge_and_unload() if merge else adapted).to(dtype).eval(), processor
+    if card.quantization:
+        round_like_quantized(model.model.language_model, card.quantization)
+    return finished(load_adapter(model, folder), merge).to(dtype), processor
 
 
-def load_projector(model: LlavaForConditionalGeneration, folder: Path | str) -> LlavaCard:
-    """Fill a model's projector from a stage-1 folder.
+def load_projector(model: LlavaForConditionalGeneration, source: Path | str) -> LlavaCard | None:
+    """Fill a model's projector from a stage-1 folder, or from LLaVA's mm_projector.bin or a folder with one.
 
     Returns:
-        That folder's card.
+        The folder's card; None for a file of LLaVA's.
 
     Raises:
-        ConfigError: The folder is none, or its projector was trained between parts of other widths or behind another encoder.
+        ConfigError: There is none, or its projector was trained between parts of other widths or behind another encoder.
         DataError: The file does not fit.
     """
-    folder = Path(folder)
+    folder = Path(source)
     path, card = folder / PROJECTOR, read_card(folder)
+    original = projector_file(folder)
+    if original is not None and not path.is_file():
+        fill_projector(model, load_weights(original), str(original))
+        return None
     if card is None or not path.is_file():
-        raise ConfigError(f"{folder} has no {PROJECTOR} and {CARD}: give the model folder of a stage-1 run (RUN/model)")
+        raise ConfigError(
+            f"{folder} has no {PROJECTOR} and {CARD}: give the model folder of a stage-1 run (RUN/model), or LLaVA's mm_projector.bin"
+        )
+    check_files(folder)
     state = load_weights(path)
     projector = model.model.multi_modal_projector
     given, needed = list(state["linear_1.weight"].shape), list(projector.linear_1.weight.shape)

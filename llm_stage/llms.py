@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from llm_stage.chat_format import IMAGE_MARK
@@ -128,21 +128,29 @@ def llm_source(name: str) -> str:
         ) from None
 
 
-def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def load_llm(
+    name: str, dtype: torch.dtype = torch.float32, *, attention: str = "", quantization: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer, with a pad token and `<image>` in both.
 
     Args:
         name: A name of `LLMS`, a folder, or a name on the hub.
         dtype: Of the weights.
+        attention: "sdpa", "eager", "flash_attention_2"; "" is transformers' choice.
+        quantization: {"bits": 4, "type": "nf4" or "fp4", "double": bool} holds the linear layers in 4 bits; empty holds them whole. The
+            head is left out: it makes the logits.
 
     Raises:
         LookupError: The name is unknown.
         ValueError: A part is not installed, or the files are not a causal language model.
     """
     source = llm_source(name)
+    how: dict[str, Any] = {"dtype": dtype, **({"attn_implementation": attention} if attention else {}), **_quantized(quantization, dtype)}
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError("attention flash_attention_2 needs the package flash-attn and CUDA: pip install flash-attn, or --attention sdpa")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **how)
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises all three for files that are not what they should be
         raise ConfigError(
@@ -156,10 +164,32 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
             f"the weights in {source} do not fill the config beside them: {len(names)} tensors missing, such as {', '.join(names[:3])}. "
             "Take all files from one model"
         )
+    if quantization:
+        for module in model.modules():  # a forward in eval mode would repack the weights for AVX-512, a form that has no backward
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_image_token(model, tokenizer)
     return model, tokenizer
+
+
+def _quantized(quantization: Mapping[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` needs for 4-bit weights, on this process's own device.
+
+    The LLM is loaded by itself, so that the default exemption of its head counts; in a whole LLaVA one would have to name tower, projector
+    and head with their full prefixes (`llm_int8_skip_modules`), and a name too short exempts nothing, without a word.
+    """
+    if not quantization:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("4-bit weights need the package bitsandbytes, which is not installed: pip install 'mmkit[quantization]'")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quantization["type"], bnb_4bit_use_double_quant=quantization["double"],
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    place = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": place}}
 
 
 def add_image_token(model: Any, tokenizer: Any) -> int:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -28,99 +28,23 @@ from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
 from llm_stage.feature_cache import check_cache
-from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row
+from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
+from llm_stage.llava_settings import DTYPES, LlavaSettings
 from llm_stage.llms import load_llm
+from llm_stage.original_flags import settings_argv
+from llm_stage.original_llava import projector_file
+from llm_stage.packing import check_packing, packed_batch, row_budget
 from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
+from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageError
-from mmkit.launch import read_deepspeed_block
 from mmkit.optim import cosine_schedule, param_groups
-from mmkit.run import Run, RunConfig
+from mmkit.run import Run
 from mmkit.trainable import trainable_table, weights_hash
 
 RECIPES = Path(__file__).parent / "recipes"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class DataSettings:
-    """What is trained on."""
-
-    json: str = field(default="", metadata={"help": "LLaVA JSON or JSONL: id, image, conversations"})
-    images: str = field(default="", metadata={"help": "folder that the rows' image paths are relative to"})
-    max_length: int = field(default=2048, metadata={"help": "tokens per row, images included; whole trailing rounds are cut, images never"})
-    on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
-    feature_cache: str = field(default="", metadata={"help": "folder for the frozen encoder's features: computed once, then read"})
-    feature_dtype: Literal["computed", "float16"] = field(
-        default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
-    )
-    rebuild_cache: bool = field(default=False, metadata={"help": "throw away what feature_cache holds for this encoder, and begin again"})
-    check: bool = field(default=True, metadata={"help": "encode all rows once before the start, to name the bad ones and count labels"})
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters in the LLM, in stage 2."""
-
-    rank: int = field(default=0, metadata={"help": "0 trains the whole LLM"})
-    alpha: int = field(default=16, metadata={"help": "scale is alpha / rank"})
-    dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
-    # peft's own "all-linear" would also hit tower and projector
-    targets: str = field(
-        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", metadata={"help": "regular expression over module names"}
-    )
-
-
-@dataclass
-class LlavaSettings:
-    """One stage of LLaVA."""
-
-    stage: Literal[1, 2] = field(default=1, metadata={"help": "1 trains the projector, 2 projector and LLM"})
-    encoder: str = field(
-        default="", metadata={"help": "name or folder, A+B or tokens:A+B for several; stage 2 takes that of --pretrained if empty"}
-    )
-    image_size: int = field(default=0, metadata={"help": "pixels, for which the encoder's positions are resampled; 0 is its own size"})
-    llm: str = field(default="", metadata={"help": "name or folder; stage 2 takes that of --pretrained if empty"})
-    pretrained: str = field(default="", metadata={"help": "model folder of a stage-1 run, whose projector is taken over"})
-    projector: Literal["mlp2x_gelu", "linear"] = field(default="mlp2x_gelu", metadata={"help": "LLaVA-v1.5's, LLaVA-v1's"})
-    feature_layer: int = field(default=-2, metadata={"help": "hidden state of the encoder that is read"})
-    select: Literal["auto", "default", "full"] = field(default="auto", metadata={"help": "default drops the CLS token, full keeps all"})
-    template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, chatml, or own: the tokenizer's"})
-    system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
-    lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
-    projector_lr: float = field(default=1e-3, metadata={"help": "peak, of the projector"})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the steps (below 1), or steps"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "of the LLM only: less memory, a third more time"})
-    weights: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "dtype of all weights; bf16 halves frozen parts too"})
-    check_saving: bool = field(default=True, metadata={"help": "at step 0 save and reload everything, compare the loss"})
-    data: DataSettings = field(default_factory=DataSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def validate(self) -> None:
-        """Refuse what cannot be trained.
-
-        Raises:
-            ConfigError: The message names the setting.
-        """
-        if not (self.pretrained or (self.encoder and self.llm)):
-            raise ConfigError("which parts? --encoder NAME_OR_FOLDER and --llm NAME_OR_FOLDER, or in stage 2 --pretrained STAGE1_RUN/model")
-        if not self.data.json:
-            raise ConfigError("which data? --json FILE (LLaVA JSON) and --images FOLDER; `mmkit data mini --out DIR` makes a small set")
-        if self.stage == 1 and self.lora.rank:
-            raise ConfigError(f"stage 1 trains the projector alone; lora.rank {self.lora.rank} is for stage 2")
-        if self.image_size < 0 or (self.image_size and not self.encoder):
-            raise ConfigError(
-                f"image_size {self.image_size}: a size of the encoder that --encoder names; stage 2 takes stage 1's if both are empty"
-            )
-        if self.lora.rank < 0 or self.data.max_length < 1:
-            raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
-        if read_deepspeed_block(self.run.deepspeed).get("zero_optimization", {}).get("stage") == 3:
-            # tried on two CPU processes with text-only rows: it waits for ever, where ZeRO-2 equals one process
-            raise ConfigError("run.deepspeed.zero_optimization.stage 3 hangs in LLaVA training; 1 or 2 is right")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -132,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Returns:
         The run folder; the result is in its `model/`, which `ChatModel.load` takes.
     """
-    settings = load_config(LlavaSettings, argv, recipe_dir=RECIPES)
+    settings = load_config(LlavaSettings, settings_argv(argv), recipe_dir=RECIPES)
     parts = assemble(settings)  # before the run folder is made: a wrong name leaves nothing behind
     dataset = make_dataset(settings, parts)
     if settings.data.feature_cache and not settings.data.rebuild_cache:
@@ -142,26 +66,41 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if settings.gradient_checkpointing:
         checkpoint_llm(model)
     if settings.lora.rank:
-        model = add_lora(model, settings)
+        model = add_lora(model, settings.lora, settings.run.seed)
+    if settings.run.precision != "fp32":
+        keep_trained_in_fp32(model)
     groups = param_groups(model, settings.lr, settings.weight_decay, lr_by_pattern={"*multi_modal_projector*": settings.projector_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     run = Run(settings.run, name=f"llava stage {settings.stage}", settings=settings)
     run.print(trainable_table(model, parts.table(), parts.origins))
+    if run.is_main:
+        parts.card.write(run.folder, run.folder, files=False)  # what a checkpoint needs, besides config.yaml, to be loaded alone
     frozen = frozen_hashes(parts, settings)
-    batch_of = partial(make_batch, parts=parts)
+    budget = (
+        row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
+    )
+    batch_of = partial(make_batch, parts=parts, budget=budget)
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
-        check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run.folder)
+        check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run)
+    if settings.liger:
+        use_liger(parts.model, run.device)
+    if settings.compile:
+        compile_llm(parts.model)
     if settings.data.feature_cache:
         dataset.image_source = open_cache(settings, parts, dataset, run)
-        batch_of = partial(make_batch, parts=parts, blank=dataset.image_source.blank())
+        batch_of = partial(batch_of, blank=dataset.image_source.blank())
     wrapped, optimizer = run.prepare(model, optimizer)
+    if budget:
+        with run.accelerator.autocast():
+            check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
     for batch in run.batches(dataset, batch_of, weigh=label_tokens):
         loss, _ = supervised_loss(wrapped, batch)
         run.backward(loss)
         run.log(loss=loss)
-    state = run.accelerator.get_state_dict(wrapped)  # on all ranks
+    state = run.weights()  # on all ranks
     if run.is_main:
         check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
@@ -201,15 +140,16 @@ def assemble(settings: LlavaSettings) -> Parts:
     encoder = at_size(settings.encoder, settings.image_size) if settings.image_size and settings.encoder else settings.encoder
     card = LlavaCard(
         encoder=encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
-        select=settings.select, template=settings.template, system=settings.system, stage=settings.stage,
+        select=settings.select, template=settings.template, system=settings.system, stage=settings.stage, resize=settings.resize,
+        quantization=settings.quantization,
     )  # fmt: skip
     origins = {"vision_tower": encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
         card = _agree(card, settings)
         origins = {"vision_tower": card.encoder, "language_model": card.llm, "lm_head": card.llm, "projector": settings.pretrained}
-    tower = load_tower(card.encoder)
+    tower = with_resize(load_tower(card.encoder), card.resize)
     card = replace(card, encoder_hash=weights_hash(tower), encoder_card=_describe(tower, card.encoder))
-    language, tokenizer = load_llm(card.llm, DTYPES[settings.weights])
+    language, tokenizer = load_llm(card.llm, DTYPES[settings.weights], attention=settings.attention, quantization=settings.quantization)
     chat_format = ChatFormat(tokenizer, settings.template, system=settings.system)
     model, processor = build_llava(
         tower, (language, tokenizer), card.projector, card.feature_layer, card.select,
@@ -223,8 +163,14 @@ def assemble(settings: LlavaSettings) -> Parts:
 def _agree(card: LlavaCard, settings: LlavaSettings) -> LlavaCard:
     """Fill what was left open from the stage-1 folder, and hold the rest against it."""
     earlier = read_card(Path(settings.pretrained))
+    if earlier is None and projector_file(Path(settings.pretrained)) is not None:  # LLaVA's mm_projector.bin says nothing of its parts
+        if not (settings.encoder and settings.llm):
+            raise ConfigError(f"{settings.pretrained} is a projector of LLaVA's own, alone: say its --encoder and --llm as well")
+        return card
     if earlier is None:
-        raise ConfigError(f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit: give RUN/model of a stage-1 run")
+        raise ConfigError(
+            f"--pretrained {settings.pretrained} is no stage-1 folder of mmkit (RUN/model of a stage-1 run) and no mm_projector.bin"
+        )
     for name in ("projector", "feature_layer", "select"):
         if getattr(earlier, name) != getattr(card, name):
             raise ConfigError(
@@ -286,45 +232,25 @@ def open_cache(settings: LlavaSettings, parts: Parts, dataset: ConversationDatas
     return images
 
 
-def make_batch(items: list[Any], parts: Parts, blank: Tensor | None = None) -> dict[str, Any]:
-    """Pad and stack, and see to it that every micro-batch has an image; `blank` is what stands for it where features are cached."""
+def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | None = None) -> dict[str, Any]:
+    """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image.
+
+    Args:
+        items: Examples of `ConversationDataset`.
+        parts: The model and its processor.
+        budget: Tokens of a packed row; 0 pads.
+        blank: What stands for the image of a micro-batch without any, where features [1, N, C] come from the cache; None is zero pixels.
+    """
     pad = parts.processor.tokenizer.pad_token_id
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
-    batch = collate(items, pad, config.image_token_id, config.image_seq_length)
-    found = with_dummy_row(batch, config, size, pad)
-    return {**found, "pixel_values": blank} if batch["pixel_values"] is None and blank is not None else found
-
-
-def checkpoint_llm(model: LlavaForConditionalGeneration) -> None:
-    """Recompute the LLM's layers in the backward pass. Not the tower's: it has none."""
-    llm = model.model.language_model
-    llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    llm.__dict__.pop("train", None)  # stage 1 froze it in eval mode, in which nothing is recomputed
-    dropouts = [name for name, module in llm.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    if not any(parameter.requires_grad for parameter in llm.parameters()) and (
-        dropouts or bool(getattr(llm.config, "attention_dropout", 0))
-    ):
-        raise ConfigError("gradient_checkpointing would wake the frozen LLM's dropout in stage 1: set its dropout to 0, or switch this off")
-
-
-def add_lora(model: LlavaForConditionalGeneration, settings: LlavaSettings) -> PeftModel:
-    """Put adapters into the LLM and freeze the rest of it; the projector is trained whole and saved with them."""
-    lora = settings.lora
-    torch.manual_seed(settings.run.seed)
-    model.requires_grad_(False)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-            modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM",
-        ),
-    )  # fmt: skip
-    if model.config.projector_hidden_act == "linear":
-        for name, parameter in adapted.named_parameters():
-            if "multi_modal_projector" in name and "linear_2" in name:
-                parameter.requires_grad_(False)
-    return adapted
+    if budget:
+        batch = packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
+    else:
+        batch = with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
+    if blank is not None and not any(item.get("images") for item in items):
+        batch["pixel_values"] = blank
+    return batch
 
 
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------
@@ -350,20 +276,22 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str], same_dtype
         raise DataError(f"{', '.join(changed)} changed during a training in which it is frozen: not saved; the checkpoints are there")
 
 
-def check_saving(model: Any, parts: Parts, settings: LlavaSettings, batch: dict[str, Any], folder: Path) -> None:
+def check_saving(model: Any, parts: Parts, settings: LlavaSettings, batch: dict[str, Any], run: Run) -> None:
     """Save and reload everything before the first step, so that nothing fails after the last one.
 
     Raises:
         DataError: The reloaded model has another loss.
     """
-    trial = folder / ".saving"
+    trial = run.folder / ".saving"
     shutil.rmtree(trial, ignore_errors=True)
     try:
         save_result(model, parts, settings, trial, None, 0)
         again, _, _ = load_llava(trial, DTYPES[settings.weights], merge=False)
+        device = run.device if settings.quantization else torch.device("cpu")  # 4-bit weights were put there when they were loaded
+        model, again, batch = model.to(device), again.to(device), send_to_device(batch, device)
         training = {module: module.training for module in model.modules()}
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), run.accelerator.autocast():  # what is trained may be in another dtype than the rest
             batch = {**batch, "pixel_values": batch["pixel_values"].to(DTYPES[settings.weights])}
             before, after = float(supervised_loss(model, batch)[0]), float(supervised_loss(again, batch)[0])
         for module, mode in training.items():

@@ -5,6 +5,7 @@ positions from s * G to (s + 1) * G, G the global batch. They are dealt to micro
 nothing is seen twice.
 """
 
+import math
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -70,19 +71,25 @@ class StreamOrder:
         seed: Seed of the permutations.
         group: Sort the samples of so many steps by the data set's `lengths`, so that a step holds samples of like length and less is
             padded. 1 leaves in each step what it would hold anyway, and only deals it by length; 0 is off.
-        global_batch_size: Samples in a step, for `group`.
+        global_batch_size: Samples in a step, for `group` and `by_modality`.
+        by_modality: Fill steps with samples of one kind by the data set's `modalities` (say, with and without an image). Of two kinds, at
+            most one step of an epoch is mixed. `group` then sorts within each kind, and steps change places all over the epoch.
 
     Raises:
-        ConfigError: `group` is set, and the data set says no lengths.
+        ConfigError: `group` or `by_modality` is set, and the data set says no lengths or modalities, or brings an order of its own.
     """
 
-    def __init__(self, dataset: Any, seed: int, group: int = 0, global_batch_size: int = 1) -> None:
+    def __init__(self, dataset: Any, seed: int, group: int = 0, global_batch_size: int = 1, by_modality: bool = False) -> None:
         self.dataset, self.seed, self.length = dataset, seed, dataset_length(dataset)
         self.group, self.global_batch_size = group, global_batch_size
         self._orders: dict[int, Sequence[int]] = {}
         if group and not hasattr(dataset, "lengths"):
             raise ConfigError(f"run.group_by_length is {group}, and {type(dataset).__name__} says no lengths: set it to 0")
+        if by_modality and (not hasattr(dataset, "modalities") or hasattr(dataset, "order")):
+            fault = "brings its own order" if hasattr(dataset, "order") else "says no modalities"
+            raise ConfigError(f"run.group_by_modality is on, and {type(dataset).__name__} {fault}: set it to false")
         self._lengths = list(dataset.lengths) if group else []
+        self._modalities = list(dataset.modalities) if by_modality else []
 
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.length)
@@ -103,6 +110,8 @@ class StreamOrder:
             return order
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         permutation = torch.randperm(self.length, generator=generator).tolist()
+        if self._modalities:
+            return self._by_modality(permutation, epoch, generator)
         return self._grouped(permutation, epoch, generator) if self.group else permutation
 
     def _grouped(self, permutation: list[int], epoch: int, generator: torch.Generator) -> list[int]:
@@ -117,6 +126,38 @@ class StreamOrder:
                 grouped += window[step * size : (step + 1) * size]
             grouped += window[whole * size :]
         return grouped
+
+    def _by_modality(self, permutation: list[int], epoch: int, generator: torch.Generator) -> list[int]:
+        """Make steps of one kind, and let them change places all over the epoch.
+
+        The most frequent kind also gives what completes the last step of the epoch before, and the unfinished last step of this one, so
+        that these are pure too. What the other kinds leave over shares a step with it.
+        """
+        size = self.global_batch_size
+        kinds = {kind: [index for index in permutation if self._modalities[index] == kind] for kind in dict.fromkeys(self._modalities)}
+        most, *others = sorted(kinds.values(), key=len, reverse=True)
+        whole = [kind[: len(kind) // size * size] for kind in others]
+        pool = most + [index for kind, taken in zip(others, whole, strict=True) for index in kind[len(taken) :]]
+        begin = -epoch * self.length % size
+        head, end = pool[:begin], begin + max(0, self.length - begin) % size
+        tail, rest = pool[begin:end], pool[end:]
+        pure = max(0, len(most) - end) // size * size
+        steps = [step for kind in [rest[:pure], *whole] for step in self._steps(kind)]
+        for start in range(pure, len(rest), size):
+            mixed = {kind: [index for index in rest[start : start + size] if self._modalities[index] == kind] for kind in kinds}
+            steps.append([index for part in mixed.values() for index in self._sorted(part)])
+        shuffled = [steps[step] for step in torch.randperm(len(steps), generator=generator).tolist()]
+        return self._sorted(head) + [index for step in shuffled for index in step] + self._sorted(tail)
+
+    def _steps(self, indices: list[int]) -> list[list[int]]:
+        """Whole steps of samples of one kind, of like length within windows of `group` steps."""
+        size = self.global_batch_size
+        window = max(1, self.group) * size
+        ordered = [index for start in range(0, len(indices), window) for index in self._sorted(indices[start : start + window])]
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def _sorted(self, indices: list[int]) -> list[int]:
+        return sorted(indices, key=self._lengths.__getitem__) if self.group else indices
 
 
 class _MicroBatches:
@@ -213,3 +254,29 @@ def micro_batches(
         if found.error is not None:
             raise found.error
         yield found
+
+
+def step_batches(
+    source: Iterator[MicroBatch], accumulation: int, weigh: Callable[[Any], float] | None
+) -> tuple[list[MicroBatch], list[float], Exception | None]:
+    """Get one rank's micro-batches of a step.
+
+    Args:
+        source: The micro-batches.
+        accumulation: How many are a step.
+        weigh: Over how many things the loss of a batch is a mean; None counts samples.
+
+    Returns:
+        The micro-batches, their weights, and what went wrong with them. It is not raised: the other ranks have to hear of it.
+    """
+    found: list[MicroBatch] = []
+    weights: list[float] = []
+    try:
+        for m in range(accumulation):
+            found.append(next(source))
+            weights.append(float(weigh(found[m].batch)) if weigh is not None else float(found[m].count))
+            if not math.isfinite(weights[m]) or weights[m] < 0:
+                raise DataError(f"weigh gave {weights[m]} for micro-batch {m + 1} of {accumulation}; a finite number from 0 is right")
+    except Exception as error:
+        return found, weights, error
+    return found, weights, None

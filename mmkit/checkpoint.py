@@ -167,18 +167,32 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     Raises:
         DataError: Names are missing or left over, or shapes differ. The message counts each kind, with common prefix and examples.
     """
-    own = module.state_dict()
+    refuse_differences(module.state_dict(), state, source, type(module).__name__)
+    module.load_state_dict(dict(state))
+
+
+def refuse_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, target: str) -> None:
+    """Compare names and shapes of what is wanted with what a file holds.
+
+    Args:
+        own: Name to tensor, as wanted; only shapes are looked at.
+        state: Name to tensor, as found.
+        source: Where the state came from, for the message.
+        target: What it is for, for the message.
+
+    Raises:
+        DataError: As for `load_strict`.
+    """
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or unexpected or shapes:
-        lines = [f"{source} does not fit {type(module).__name__}:"]
+        lines = [f"{source} does not fit {target}:"]
         lines += _listing("missing", missing, len(own))
         lines += _listing("unexpected", unexpected, len(state))
         pairs = [f"{name} is {list(state[name].shape)}, should be {list(own[name].shape)}" for name in shapes]
         lines += [f"  {len(shapes)} of {len(own)} tensors have another shape: {_some(pairs)}"] if shapes else []
         raise DataError("\n".join([*lines, "  Was it written by another architecture, or with other settings (depth, width, image size)?"]))
-    module.load_state_dict(dict(state))
 
 
 def _listing(what: str, names: Sequence[str], total: int) -> list[str]:

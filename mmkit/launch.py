@@ -88,6 +88,8 @@ def make_accelerator(
         project_dir=str(folder) if trackers else None,
         kwargs_handlers=handlers,
     )
+    if plugin is not None:
+        _forget_zero_init()
     if launched():
         atexit.register(_leave)
     if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -100,6 +102,17 @@ def make_accelerator(
     return accelerator
 
 
+def _forget_zero_init() -> None:
+    """Let Transformers build models whole again.
+
+    A plugin of ZeRO-3 tells it to shard every model while it is built, with a broadcast per tensor. Here `prepare` alone shards, and a model
+    that one rank builds for itself (to try a saved folder) would wait for the others for ever.
+    """
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def _leave() -> None:
     """Close the process group in order: left to the interpreter's end, a rank may abort when another one closes first."""
     if torch.distributed.is_initialized():
@@ -109,9 +122,12 @@ def _leave() -> None:
 def _plugin(settings: dict[str, Any]) -> DeepSpeedPlugin:
     os.environ.pop("ACCELERATE_USE_CPU", None)  # `accelerate launch --cpu` sets it, and Accelerate then ignores DeepSpeed without a word
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
     except ImportError as error:
         raise ConfigError("the recipe has a deepspeed block and DeepSpeed is not installed: `pip install mmkit[deepspeed]`") from error
+    if not torch.accelerator.is_available():
+        # Shared memory between CPU ranks serves inference alone, takes a minute to compile, and a killed build's lock stops all later starts.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         settings.setdefault(key, "auto")  # Accelerate would put its own defaults; `complete_deepspeed` fills them in
     settings.setdefault("zero_optimization", {"stage": 0})
@@ -169,6 +185,25 @@ def complete_deepspeed(
         if value == "auto":
             del settings[name]
     return remarks
+
+
+def shard(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Under ZeRO-3 cut the weights into shares, one tensor after the other; call it between `complete_deepspeed` and `accelerator.prepare`.
+
+    DeepSpeed would move the whole model to each device first, where it need not fit.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    if settings["zero_optimization"].get("stage") != 3:
+        return
+    import deepspeed
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for parameter in model.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
 
 
 def _fill_sizes(zero: dict[str, Any], model: nn.Module) -> None:

@@ -26,25 +26,43 @@ from typing import Any
 
 import torch
 
-from mmkit.launch import complete_deepspeed, launched, make_accelerator, read_deepspeed_block  # before other users of accelerate, deepspeed
+from mmkit.launch import (
+    complete_deepspeed,
+    launched,
+    make_accelerator,
+    read_deepspeed_block,
+    shard,
+)  # before other users of accelerate, deepspeed
 
 from accelerate.utils import DistributedType, send_to_device  # isort: skip
 from torch import Tensor, nn  # isort: skip
-from torch import distributed as dist  # isort: skip
 
-from mmkit.batches import Collate, Layout, MicroBatch, StreamOrder, dataset_length, derive_seed, micro_batches, seed_everything
+from mmkit.batches import (
+    Collate,
+    Layout,
+    MicroBatch,
+    StreamOrder,
+    dataset_length,
+    derive_seed,
+    micro_batches,
+    seed_everything,
+    step_batches,
+)
 from mmkit.checkpoint import atomic_write
 from mmkit.config import to_dict
 from mmkit.errors import ConfigError, DataError, TrainingError
 from mmkit.manifest import manifest
 from mmkit.optim import Schedule, constant_schedule
 from mmkit.progress import Progress
+from mmkit.ranks import broadcast, common_failure, gather, sum_over_ranks
 from mmkit.run_config import RunConfig, accumulation_steps
 from mmkit.run_folder import changed_settings, claim_folder, write_settings
 from mmkit.signals import stop_signals
-from mmkit.snapshots import broadcast, find_snapshot, gather, load_optimizer, load_plain, load_trained, read_state, save_snapshot
+from mmkit.snapshots import load_optimizer, load_plain, load_trained, resume_point, save_snapshot, whole_state
+from mmkit.terms import StepTerms
 
 __all__ = ["Run", "RunConfig", "TrainingError"]
+LookAhead = Callable[[Iterator[Any]], None]
 
 
 class Run:
@@ -91,9 +109,10 @@ class Run:
         self._snapshot: Path | None = None
         self._saved_step, self._seconds_before, self._stop_signal = -1, 0.0, 0
         self._weight, self._total, self._micro_batch, self._calls = 1.0, 1.0, 0, 0
-        self._bad_loss: Tensor | None = None
         self._batch: Any = None
-        self._terms: dict[str, list[tuple[Any, float]]] = {}
+        self._bad_loss = False
+        self._terms = StepTerms(self.folder, self.accumulation, self.rank)
+        self._deferred = self.device.type != "cpu"  # there a value that is read makes the host wait: all are read once in a step
         self._grad_norm: float | None = None
         self._open_folder()
         seed_everything(derive_seed(config.seed))
@@ -118,17 +137,8 @@ class Run:
         if message:
             raise ConfigError(message)
         if self.config.resume:
-            found, remarks = find_snapshot(self.folder / "checkpoints") if self.is_main else (None, [])
-            for remark in remarks:
-                self.print(remark)
-            self._snapshot = broadcast(found)
+            self._snapshot, state = resume_point(self.folder / "checkpoints", self.layout.global_batch_size, self.is_main)
         if self._snapshot is not None:
-            state = read_state(self._snapshot)
-            if state["global_batch_size"] != self.layout.global_batch_size:
-                raise ConfigError(
-                    f"{self._snapshot} was made with {state['global_batch_size']} samples in a step, the settings now make it "
-                    f"{self.layout.global_batch_size}; resume with the old number, or start anew with --overwrite"
-                )
             self.step, self._saved_step, self._seconds_before = state["step"], state["step"], state["seconds"]
             self.print(f"{self.name}: goes on from {self._snapshot}")
         if self.is_main:
@@ -170,6 +180,7 @@ class Run:
             c = self.config
             for remark in complete_deepspeed(self.accelerator, model, c.micro_batch_size, self.accumulation, c.precision, c.max_grad_norm):
                 self.print(remark)
+            shard(self.accelerator, model, c.precision)
         self._model, self._optimizer = self.accelerator.prepare(model, optimizer)
         if self._snapshot is not None:
             load_optimizer(self._snapshot, self.accelerator, self._model, self._optimizer)
@@ -178,6 +189,13 @@ class Run:
     def unwrap(self) -> Any:
         """Give the bare model, for saving and evaluation."""
         return self.accelerator.unwrap_model(self._model)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Give the bare model's weights by name, gathered where ZeRO-3 holds them in shares: then on the CPU, and None but on the first rank.
+
+        All ranks must call it.
+        """
+        return whole_state(self.accelerator, self._model)
 
     def keep(self, name: str, thing: Any) -> None:
         """Save and restore something else with each checkpoint (an EMA); it has `state_dict()` of plain data, and `load_state_dict`."""
@@ -203,11 +221,7 @@ class Run:
     # ---- the loop ---------------------------------------------------------------------------------------------------------------------
 
     def batches(
-        self,
-        dataset: Any,
-        collate: Collate,
-        weigh: Callable[[Any], float] | None = None,
-        look_ahead: Callable[[Iterator[Any]], None] | None = None,
+        self, dataset: Any, collate: Collate, weigh: Callable[[Any], float] | None = None, look_ahead: LookAhead | None = None
     ) -> Iterator[Any]:
         """Give micro-batches on the device until all steps are done.
 
@@ -225,13 +239,13 @@ class Run:
         """
         steps = self.plan(dataset)
         c = self.config
-        order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size)
+        order = StreamOrder(dataset, c.seed, c.group_by_length, self.layout.global_batch_size, c.group_by_modality)
         progress = Progress(self.name, steps, self.step, self.layout.global_batch_size, self.is_main)
         found = micro_batches(dataset, collate, order, self.layout, self.step, steps, c.num_workers, self.device.type == "cuda")
         with stop_signals(self._asked_to_stop):
             try:
                 while self.step < steps:
-                    yield from self._one_step([next(found) for _ in range(self.accumulation)], weigh, look_ahead)
+                    yield from self._one_step(*step_batches(found, self.accumulation, weigh), look_ahead)
                     self._end_step(progress)
             finally:
                 progress.close()
@@ -239,13 +253,12 @@ class Run:
                     found.close()
 
     def _one_step(
-        self, found: list[MicroBatch], weigh: Callable[[Any], float] | None, look_ahead: Callable[[Iterator[Any]], None] | None
+        self, found: list[MicroBatch], weights: list[float], failure: Exception | None, look_ahead: LookAhead | None
     ) -> Iterator[Any]:
-        weights = [float(weigh(item.batch)) if weigh is not None else float(item.count) for item in found]
-        for m, weight in enumerate(weights):
-            if not math.isfinite(weight) or weight < 0:
-                raise DataError(f"weigh gave {weight} for micro-batch {m + 1} of {len(found)} of step {self.step + 1}, rank {self.rank}")
-        self._total, stop = self._sum([math.fsum(weights), float(self._stop_signal)])
+        mine = [math.fsum(weights), float(self._stop_signal), float(failure is not None)]
+        self._total, stop, failed = sum_over_ranks(mine, self.device)
+        if failed:
+            raise common_failure(failure)
         if stop:
             self._stop(int(self._stop_signal or max(gather(self._stop_signal))))
         if self._total == 0:
@@ -254,7 +267,8 @@ class Run:
             )
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.step)
-        self._terms, self._grad_norm = {}, None
+        self._terms.begin(self.step + 1)
+        self._grad_norm = None
         if look_ahead is not None:
             look_ahead(self._seeded(item.batch, m) for m, item in enumerate(found))
         for m, (item, weight) in enumerate(zip(found, weights, strict=True)):
@@ -262,8 +276,8 @@ class Run:
             self._micro_batch, self._weight, self._calls, self.updated, self._batch = m, weight, 0, False, item.batch
             with self.accelerator.accumulate(self._model):
                 yield self._seeded(item.batch, m)
-            if self._bad_loss is not None:
-                self._refuse({"loss": self._bad_loss})
+            if self._bad_loss:
+                self._check(name_loss=True)
             if self._calls != 1:
                 raise RuntimeError(f"run.backward was called {self._calls} times for a micro-batch of run.batches; once is right")
 
@@ -273,13 +287,6 @@ class Run:
         seed_everything(place)
         self.generator.manual_seed(place)
         return send_to_device(batch, self.device, non_blocking=True)
-
-    def _sum(self, values: list[float]) -> list[float]:
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function(bare_model, *args, **kwargs)` through the wrapper, with its synchronisation and precision.
@@ -311,28 +318,27 @@ class Run:
 
         Raises:
             TrainingError: A term or the gradient is not finite. A loss that is not waits for `log` or the next batch to name its term.
+                On an accelerator this is found out once in a step, before the optimizer.
         """
         self._calls += 1
-        self._refuse(terms)
-        if not bool(torch.isfinite(loss.detach()).all()):
-            self._bad_loss = loss.detach()
-            return
-        self._terms.setdefault("loss", []).append((loss.detach(), self._weight))
+        self._add(terms, logged=False)
+        self._add({"loss": loss}, logged=True)
+        sync, early = self.accelerator.sync_gradients, not self._deferred
+        if early or (sync and self.deepspeed):  # DeepSpeed's backward makes the optimizer step too
+            _, bad = self._check(together=not early)
+            if bad:
+                return
         # Accelerate (or DeepSpeed's engine) divides by the accumulation, DDP (or the engine) by the ranks.
         self.accelerator.backward(loss * (self._weight / self._total * self.accumulation * self.world_size))
-        if not self.accelerator.sync_gradients:
+        if not sync:
             return
         limit = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self._model.parameters(), limit)  # under DeepSpeed it only tells the norm
-        self._grad_norm = None if norm is None else float(norm)
-        if (
-            self._grad_norm is not None and not math.isfinite(self._grad_norm) and self.config.precision != "fp16"
-        ):  # fp16 skips such steps itself
-            names = [name for name, p in self.unwrap().named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-            raise TrainingError(
-                f"the gradient is {self._grad_norm} at step {self.step + 1}, rank {self.rank}, "
-                f"first in {names[0] if names else 'an unknown tensor'}; {self._dump()}"
-            )
+        self._grad_norm, bad = self._check(norm)
+        if bad:
+            return
+        if self._grad_norm is not None and not math.isfinite(self._grad_norm) and self.config.precision != "fp16":  # it skips such steps
+            raise self._terms.refuse_gradient(self._grad_norm, self.unwrap())
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.updated = True
@@ -343,51 +349,45 @@ class Run:
         Raises:
             TrainingError: One is not finite.
         """
-        self._refuse({**terms, **({"loss": self._bad_loss} if self._bad_loss is not None else {})})
-        for name, value in terms.items():
-            if name != "loss":
-                self._terms.setdefault(name, []).append((value.detach() if isinstance(value, Tensor) else value, self._weight))
+        self._add({name: value for name, value in terms.items() if name != "loss"}, logged=True)
+        self._add({name: value for name, value in terms.items() if name == "loss"}, logged=False)
+        if self._bad_loss or not self._deferred:
+            self._check(name_loss=True)
 
-    def _refuse(self, terms: dict[str, Any]) -> None:
-        values = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in terms.items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if not bad:
-            return
-        bad.sort(key=lambda name: name == "loss")  # a part says more than the sum
-        others = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != bad[0])
-        where = f"step {self.step + 1}, micro-batch {self._micro_batch + 1} of {self.accumulation}, rank {self.rank}"
-        raise TrainingError(f"loss term '{bad[0]}' is {values[bad[0]]} at {where}; {others + '; ' if others else ''}{self._dump()}")
+    def _add(self, values: dict[str, Tensor | float], logged: bool) -> None:
+        self._terms.add(values, self._weight, self._micro_batch + 1, self._batch, logged)
 
-    def _dump(self) -> str:
-        """Save the batch that broke the training, and say where."""
-        path = self.folder / f"nan_{self.step + 1:08d}" / f"batch_{self.rank}_{self._micro_batch}.pt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self._batch, path)
-        except (OSError, RuntimeError, TypeError, AttributeError) as error:
-            return f"the batch could not be saved ({error})"
-        return f"the batch is in {path}"
+    def _check(self, norm: Any = None, *, name_loss: bool = False, together: bool = False) -> tuple[float | None, bool]:
+        """Read what was added, and the gradient's norm; stop at a value that is not finite.
+
+        A bad loss of the present micro-batch waits for a part that names it, which may come with `log`, unless `name_loss`: then this
+        gives True. `together` asks the other ranks, too, and stops for a bad value of theirs.
+        """
+        found, any_bad = self._terms.read(norm, together)
+        bad = self._terms.bad()
+        if bad is None and any_bad:
+            raise TrainingError(f"a loss of another rank is not finite at step {self.step + 1}: that rank names it")
+        present = bad is not None and (bad.step, bad.micro_batch) == (self.step + 1, self._micro_batch + 1)
+        if bad is not None and (name_loss or bad.name != "loss" or not present):
+            raise self._terms.refuse(bad)
+        self._bad_loss = bad is not None
+        return found, self._bad_loss
 
     # ---- after a step -----------------------------------------------------------------------------------------------------------------
 
     def _end_step(self, progress: Progress) -> None:
         self.step += 1
-        if self.step % self.config.log_every == 0 or self.step == self.steps:
+        writes = self.step % self.config.log_every == 0 or self.step == self.steps
+        saves = self.step == self.steps or bool(self.config.save_every and self.step % self.config.save_every == 0)
+        if writes:
             self._write_row()
-        progress.update(self.step, self._terms["loss"][-1][0])
-        if self.step == self.steps or (self.config.save_every and self.step % self.config.save_every == 0):
+        progress.update(self.step, self._terms.last_loss())
+        if saves:
             self.save()
 
     def _write_row(self) -> None:
-        mine = {
-            name: (math.fsum(float(value) * weight for value, weight in pairs), math.fsum(weight for _, weight in pairs))
-            for name, pairs in self._terms.items()
-        }
-        ranks = gather(mine)
-        means = {}
-        for name in dict.fromkeys(name for terms in ranks for name in terms):
-            weight = math.fsum(terms[name][1] for terms in ranks if name in terms)
-            means[name] = math.fsum(terms[name][0] for terms in ranks if name in terms) / weight if weight else math.nan
+        self._check(name_loss=True)
+        means = self._terms.means()
         row: dict[str, Any] = {
             "step": self.step,
             "samples_seen": self.step * self.layout.global_batch_size,
@@ -406,12 +406,9 @@ class Run:
         """Write a checkpoint of the present step, unless there is one."""
         if self._saved_step == self.step or self._model is None:
             return
-        counters = {
-            "step": self.step,
-            "samples_seen": self.step * self.layout.global_batch_size,
-            "seconds": self.seconds,
-            "global_batch_size": self.layout.global_batch_size,
-        }
+        size = self.layout.global_batch_size
+        counters = {"step": self.step, "samples_seen": self.step * size, "seconds": self.seconds, "global_batch_size": size}
+        self._check(name_loss=True)
         kept = self.config.keep_checkpoints
         save_snapshot(self.folder / "checkpoints", self.accelerator, self._model, self._optimizer, self._kept, counters, kept)
         self._saved_step = self.step

@@ -21,6 +21,9 @@ class RunConfig:
     group_by_length: int = field(
         default=0, metadata={"help": "sort so many steps' samples by length: less padding; 1 moves none to another step, 0 is off"}
     )
+    group_by_modality: bool = field(
+        default=False, metadata={"help": "steps of image rows or of text-only rows, not of both; one step of an epoch may be mixed"}
+    )
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "of the forward; weights and optimizer stay fp32"})
     seed: int = field(default=0, metadata={"help": "of order, augmentation, dropout"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0 is off"})

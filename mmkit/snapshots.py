@@ -19,28 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from mmkit.checkpoint import atomic_folder, load_weights, save_weights
 from mmkit.errors import ConfigError, DataError
-
-
-def broadcast(value: Any) -> Any:
-    """Give every rank what the first one has; `value` counts on the first only."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather(value: Any) -> list[Any]:
-    """Give every rank the values of all ranks, in rank order."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+from mmkit.ranks import broadcast, gather
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -56,6 +38,19 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         if saved is None or name in saved:
             state[name] = buffer.detach()
     return state
+
+
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
+    """Collect all weights and saved buffers of a prepared model by their names in the bare one; all ranks must call it.
+
+    Returns:
+        Under ZeRO-3 copies on the CPU, on the first rank alone (None elsewhere); otherwise the model's own tensors, on each rank.
+    """
+    bare: nn.Module = accelerator.unwrap_model(model)
+    if any(hasattr(parameter, "ds_id") for parameter in bare.parameters()):
+        gathered: dict[str, Tensor] | None = accelerator.get_state_dict(model)
+        return gathered
+    return dict(bare.state_dict())  # not Accelerate's copy, in which tied weights are no longer one
 
 
 def _whole(parameters: list[nn.Parameter]) -> Any:
@@ -125,21 +120,50 @@ def _write_main(
         torch.save(thing.state_dict(), work / f"kept_{name}.pt")
 
 
-def find_snapshot(folder: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest whole checkpoint, and clear away what a killed process left half written.
+def resume_point(folder: Path, global_batch_size: int, is_main: bool) -> tuple[Path | None, dict[str, Any]]:
+    """Find the newest whole checkpoint, from all ranks, and clear away what a killed process left half written.
+
+    Args:
+        folder: The run's `checkpoints`.
+        global_batch_size: Samples in a step now.
+        is_main: On the rank that looks, and prints a line for each checkpoint that it has to pass over.
 
     Returns:
-        Its folder or None, and a remark for each checkpoint that was passed over.
+        Its folder and counters; None and nothing if the run has not saved any yet.
+
+    Raises:
+        ConfigError: There are checkpoints and none is whole, or the steps held another number of samples.
     """
+    found, faults = broadcast(_find_snapshot(folder) if is_main else None)
+    for path, fault in faults.items() if is_main and found else ():
+        print(f"checkpoint {path} is passed over: {fault}; the newest whole one is {found}", flush=True)
+    if found is None:
+        if faults:
+            raise ConfigError(
+                f"--resume: none of the {len(faults)} checkpoints in {folder} is whole, the newest one's fault: {next(iter(faults.values()))}."
+                " Put the file back, or start anew with --overwrite"
+            )
+        return None, {}
+    state = read_state(found)
+    if state["global_batch_size"] != global_batch_size:
+        raise ConfigError(
+            f"{found} was made with {state['global_batch_size']} samples in a step, the settings now make it "
+            f"{global_batch_size}; resume with the old number, or start anew with --overwrite"
+        )
+    return found, state
+
+
+def _find_snapshot(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """Give the newest whole checkpoint, and the newer ones with what is wrong with them."""
     for left in [*folder.glob(".step_*.writing-*"), *folder.glob(".step_*.old-*")]:
         shutil.rmtree(left, ignore_errors=True)
-    remarks: list[str] = []
+    faults: dict[str, str] = {}
     for path in sorted(folder.glob("step_*"), reverse=True):
         fault = _fault(path)
         if not fault:
-            return path, remarks
-        remarks.append(f"checkpoint {path} is passed over: {fault}")
-    return None, remarks
+            return path, faults
+        faults[str(path)] = fault
+    return None, faults
 
 
 def _fault(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What is trained and what sleeps: freezing that lasts, patterns that must match, a table that shows it, a hash that proves it."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -104,7 +105,7 @@ def trainable_table(model: nn.Module, parts: Mapping[str, nn.Module], origins: M
     for name, named in rows:
         fresh = [(path, parameter) for path, parameter in named if id(parameter) not in counted]  # tied weights count once
         counted.update(id(parameter) for _, parameter in fresh)
-        size = sum(parameter.numel() for _, parameter in fresh)
+        size = sum(_numel(parameter) for _, parameter in fresh)
         active = [(path, parameter) for path, parameter in fresh if parameter.requires_grad]
         active_size = sum(parameter.numel() for _, parameter in active)
         total, trained = total + size, trained + active_size
@@ -114,6 +115,12 @@ def trainable_table(model: nn.Module, parts: Mapping[str, nn.Module], origins: M
     out = StringIO()
     Console(file=out, width=120, color_system=None).print(table)
     return out.getvalue().rstrip("\n")
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds; bitsandbytes packs two of 4 bits into a byte, and remembers the shape."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def _state(active: Sequence[tuple[str, nn.Parameter]], size: int, active_size: int) -> str:

@@ -101,6 +101,56 @@ def test_grouping_needs_lengths() -> None:
         StreamOrder(toy_training.ToyData(), seed=0, group=2, global_batch_size=4)
 
 
+class OfKinds(OfLengths):
+    modalities = tuple(index % 3 == 0 for index in range(37))  # 13 of one kind, 24 of the other
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+@pytest.mark.parametrize("size", [4, 5, 16, 50])
+def test_grouped_by_modality_every_epoch_sees_every_item_once_and_mixes_one_step(group: int, size: int) -> None:
+    order = StreamOrder(OfKinds(), seed=3, group=group, global_batch_size=size, by_modality=True)
+    stream = [order(position) for position in range(4 * 37)]
+    for epoch in range(4):
+        assert sorted(index for of, index in stream if of == epoch) == list(range(37))
+    again = StreamOrder(OfKinds(), seed=3, group=group, global_batch_size=size, by_modality=True)
+    assert [again(position) for position in range(3 * 37, 4 * 37)] == stream[3 * 37 :]  # as after a resume
+    if size < 37:
+        other = StreamOrder(OfKinds(), seed=4, group=group, global_batch_size=size, by_modality=True)
+        assert [other(position) for position in range(37)] != stream[:37]
+    if size <= 5:  # larger steps than a kind has samples are mixed, whatever one does
+        kinds = [{OfKinds.modalities[index] for _, index in stream[start : start + size]} for start in range(0, len(stream), size)]
+        assert sum(len(kind) > 1 for kind in kinds) <= 4
+        assert {True} in kinds
+
+
+def test_kinds_take_turns_all_over_the_epoch_and_lengths_are_alike_within_a_step() -> None:
+    class Many:
+        lengths = tuple((index * 7919) % 1009 for index in range(400))
+        modalities = tuple(index % 4 == 0 for index in range(400))
+
+        def __len__(self) -> int:
+            return 400
+
+    order = StreamOrder(Many(), seed=0, group=10, global_batch_size=8, by_modality=True)
+    steps = [[order(place)[1] for place in range(start, start + 8)] for start in range(0, 400, 8)]
+    kinds = [Many.modalities[step[0]] for step in steps]
+    assert 4 <= sum(kinds[:25]) <= 9  # of 12 steps in all
+    spread = [max(Many.lengths[i] for i in step) - min(Many.lengths[i] for i in step) for step in steps]
+    assert sum(spread) / len(spread) < 0.25 * 1009
+
+
+def test_grouping_by_modality_needs_modalities_and_no_order_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="group_by_modality is on, and ToyData says no modalities"):
+        StreamOrder(toy_training.ToyData(), seed=0, global_batch_size=4, by_modality=True)
+
+    class Ordered(OfKinds):
+        def order(self, epoch: int) -> list[int]:
+            return list(range(37))
+
+    with pytest.raises(ConfigError, match="brings its own order"):
+        StreamOrder(Ordered(), seed=0, global_batch_size=4, by_modality=True)
+
+
 def test_seeds_of_neighbours_differ() -> None:
     assert len({derive_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(40)}) == 1000
 
@@ -266,6 +316,53 @@ def test_nan_without_a_term_names_the_loss(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"loss term 'loss' is -?inf at step 1"):
         next(batches)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+class Reads(torch.overrides.TorchFunctionMode):
+    """Counts how often a tensor's value is asked for: each time, the host would wait for an accelerator."""
+
+    count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(function, "__name__", "") in ("item", "tolist", "__float__", "__bool__", "__int__")
+        return function(*args, **(kwargs or {}))
+
+
+def deferred_run(folder: Path, steps: int, spoilt: int = -1) -> tuple[Run, list[int], torch.nn.Module]:
+    """A run of two micro-batches a step that reads as it would on an accelerator, and how many reads each of its micro-batches made."""
+    config = RunConfig(output_dir=str(folder), steps=steps, micro_batch_size=2, gradient_accumulation_steps=2, log_every=1000)
+    run = Run(config, name="toy", settings=config)
+    run._deferred = True
+    model = toy_training.ToyModel(0.0)
+    wrapped, _ = run.prepare(model, torch.optim.SGD(model.parameters(), 0.1, foreach=False))
+    counts = []
+    for number, batch in enumerate(run.batches(toy_training.ToyData(), toy_training.collate)):
+        loss = wrapped(batch["x"]).square().mean()
+        part = loss * float("nan") if number == spoilt else 2 * loss
+        with Reads() as reads:
+            run.backward(loss + (part if number == spoilt else 0))
+            run.log(part=part)
+        counts.append(reads.count)
+    return run, counts, model
+
+
+def test_an_accelerator_is_waited_for_once_in_a_step(tmp_path: Path) -> None:
+    _, counts, _ = deferred_run(tmp_path / "run", steps=3)
+    assert counts[0::2] == [0, 0, 0]
+    assert counts[1::2] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spoilt, micro_batch", [(4, 1), (5, 2)])
+def test_read_once_in_a_step_a_nan_is_still_named_before_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int, micro_batch: int
+) -> None:
+    steps: list[int] = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *rest: steps.append(1) or step(self, *rest))
+    with pytest.raises(TrainingError, match=rf"loss term 'part' is nan at step 3, micro-batch {micro_batch} of 2, rank 0; loss nan; "):
+        deferred_run(tmp_path / "run", 4, spoilt)
+    assert len(steps) == 2
+    assert (tmp_path / "run" / "nan_00000003" / f"batch_0_{micro_batch - 1}.pt").is_file()
 
 
 def test_a_forgotten_backward_is_an_error(tmp_path: Path) -> None:

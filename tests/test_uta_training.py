@@ -65,6 +65,19 @@ def test_a_run_leaves_an_encoder_that_loads_anywhere(material: Path, tmp_path: P
     assert "mask_token" not in " ".join(student.state_dict())
 
 
+def test_a_run_can_begin_with_the_encoder_of_another(material: Path, tmp_path: Path) -> None:
+    first = main(flags(material, tmp_path / "first", "--run.steps", "1")) / "encoder"
+    words = flags(material, tmp_path / "second", "--lr", "1e-20", "--final_lr", "1e-20", "--run.steps", "1", "--encoder.start", str(first))
+    cut = [words.index(word) for word in words if word.startswith(("--encoder.architecture", "--encoder.model_args"))]
+    second = main([word for place, word in enumerate(words) if not any(place in (begin, begin + 1) for begin in cut)]) / "encoder"
+    before, after = load_encoder(first), load_encoder(second)
+    assert str(first) in after.config.origin
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=1e-9)
+    with pytest.raises(ConfigError, match=r"brings its network along, and encoder.architecture eva02_tiny"):
+        main(words)
+
+
 def test_a_student_learns_its_teacher(material: Path, tmp_path: Path) -> None:
     found = losses(main(flags(material, tmp_path / "run", "--lr", "3e-3", "--run.steps", "40", "--data.cache")))
     assert found[40][0] < 0.5 * found[1][0]
@@ -175,10 +188,15 @@ def bad_settings(material: Path, tmp_path: Path) -> dict[str, tuple[list[str], t
         "flag": (flags(material, out, "--cls_wait", "0.5"), ConfigError, "cls_wait.*cls_weight"),
         "folder": (flags(material, full), ConfigError, "holds files already"),
         "share": (flags(material, out, "--cls_weight", "2"), ConfigError, "a share from 0 to 1"),
+        "start": (
+            ["--encoder.start", "mini-clip", *flags(material, out)[12:]],
+            ConfigError,
+            "mini-clip.*ends in 256 channels.*targets of 40",
+        ),
     }
 
 
-@pytest.mark.parametrize("case", ["no data", "no images", "teacher", "weights", "recipe key", "flag", "folder", "share"])
+@pytest.mark.parametrize("case", ["no data", "no images", "teacher", "weights", "recipe key", "flag", "folder", "share", "start"])
 def test_what_is_wrong_is_said_and_nothing_is_written(case: str, material: Path, tmp_path: Path) -> None:
     arguments, error, words = bad_settings(material, tmp_path)[case]
     with pytest.raises(error, match=words):
