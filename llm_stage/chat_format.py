@@ -64,9 +64,16 @@ class ChatFormat:
         self._ids: dict[str, int] = {token: vocabulary[token] for token in self._known_marks(vocabulary, image_token)}
         self.image_token_id: int | None = vocabulary.get(image_token)
         self._words = WordEncoder(tokenizer, [*self._ids, image_token])
+        self._letters_stay_letters(image_token)
         self._probe()
 
     def _known_marks(self, vocabulary: dict[str, int], image_token: str) -> set[str]:
+        if self.template.end is None and self.tokenizer.eos_token is None:
+            raise ConfigError(
+                f"the tokenizer {origin(self.tokenizer)} has no end token, and template {self.name!r} ends answers with it: a model would "
+                "never stop. Name the one that it was trained with (tokenizer.eos_token = ..., saved with save_pretrained), or take a "
+                "template with a mark of its own (chatml, llama_3)"
+            )
         wanted = [*self.template.marks, *([self.tokenizer.eos_token] if self.template.end is None else [])]
         missing = [token for token in wanted if token not in vocabulary]
         if missing:
@@ -168,6 +175,17 @@ class ChatFormat:
             return self.tokenizer.bos_token_id is not None
         return self._words.adds_bos
 
+    def _letters_stay_letters(self, image_token: str) -> None:
+        """Refuse a tokenizer that makes a mark's id out of plain letters: `<image>` in a question would be taken for an image (law 5)."""
+        marks = {**self._ids, **({image_token: self.image_token_id} if self.image_token_id is not None else {})}
+        for token, token_id in marks.items():
+            if token != self.tokenizer.unk_token and token_id in self._words(token, "inner"):
+                raise ConfigError(
+                    f"in the tokenizer {origin(self.tokenizer)}, {token!r} is an ordinary piece of text (id {token_id}) and a mark at once, "
+                    "so words could not be told from marks. Give the mark an id of its own: rename that piece in tokenizer.json, then "
+                    "tokenizer.add_special_tokens"
+                )
+
     def _probe(self) -> None:
         """Refuse a tokenizer and template under which nothing, or no end token, would be learned (law 10)."""
         question = Turn("user", f"{IMAGE_MARK}\nname it" if self.name == "plain" else "name it")
@@ -225,6 +243,7 @@ class WordEncoder:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         for token in state.get("added_tokens", []):
             token["special"] = token["special"] or token["content"] in marks
+        _never_merge(state, marks)
         self._outer = _backend(state)
         self._prefix_after_mark = not _drop_prefix(state)
         self._inner = _backend(state)
@@ -234,6 +253,16 @@ class WordEncoder:
         """Ids of `text`; `before` is "first" (start of the sequence), "after_mark" or "inner" (words stand before it)."""
         outer = before == "first" or (before == "after_mark" and self._prefix_after_mark)
         return (self._outer if outer else self._inner).encode(text, add_special_tokens=False).ids
+
+
+def _never_merge(state: dict[str, Any], marks: Sequence[str]) -> None:
+    """Take out of a BPE, in place, the merges that make a mark out of letters: some vocabularies hold `<image>` as an ordinary piece."""
+    model = state["model"]
+    if model.get("type") == "BPE":
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        kept = [merge for merge, pair in zip(model["merges"], pairs, strict=True) if "".join(pair) not in marks]
+        if len(kept) < len(pairs):
+            model["merges"] = kept
 
 
 def _backend(state: dict[str, Any]) -> Tokenizer:

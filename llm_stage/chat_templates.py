@@ -1,6 +1,6 @@
 """Chat templates: turns -> pieces, each of which knows what it is and whether it is supervised.
 
-A piece is a mark (one special token), words (in which nothing is special) or the place of an image. Four templates of LLaVA are written
+A piece is a mark (one special token), words (in which nothing is special) or the place of an image. Those of LLaVA are written
 here; any other is the tokenizer's own, rendered around stand-ins for the turns' texts.
 """
 
@@ -118,12 +118,26 @@ def _chatml(turns: list[Turn], system: str, with_images: bool, eos: str) -> list
     return pieces
 
 
+def _llama_3(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
+    def header(role: str) -> list[Piece]:
+        return [mark("<|start_header_id|>"), words(role), mark("<|end_header_id|>"), words("\n\n")]
+
+    end = "<|eot_id|>"
+    pieces = [*header("system"), words(system), mark(end)] if system else []
+    for turn in turns:
+        if turn.role == "user":
+            pieces += [*header("user"), *user_pieces(turn.text, with_images), mark(end), *header("assistant")]
+        else:
+            pieces += [words(turn.text, True), mark(end, True)]
+    return pieces
+
+
 def _plain(turns: list[Turn], system: str, with_images: bool, eos: str) -> list[Piece]:
     n_images = turns[0].text.count(IMAGE_MARK) if with_images else 0
     if not n_images or len(turns) > 2:
         raise DataError(
             f"template 'plain' is image, then caption: it takes two turns with {IMAGE_MARK} in the first, given {len(turns)} turn(s) "
-            f"with {n_images} image(s) in the first. Take another template (vicuna_v1, llama_2, chatml, own) for conversations"
+            f"with {n_images} image(s) in the first. Take another template (vicuna_v1, llama_2, llama_3, chatml, own) for conversations"
         )
     pieces = [IMAGE] * n_images  # the instruction's words are thrown away, as in LLaVA
     return pieces + [words(f"{turn.text}\n", True) for turn in turns[1:]]
@@ -146,6 +160,10 @@ class Template:
     end: str | None = None
 
 
+_HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
 TEMPLATES: dict[str, Template] = {
     "plain": Template(_plain, end="\n"),
     "vicuna_v1": Template(
@@ -153,11 +171,8 @@ TEMPLATES: dict[str, Template] = {
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     ),
-    "llama_2": Template(
-        _llama_2,
-        system="You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language.",
-    ),
+    "llama_2": Template(_llama_2, system=_HELPFUL),
+    "llama_3": Template(_llama_3, system=_HELPFUL, marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"),
     "chatml": Template(_chatml, system="Answer the questions.", marks=("<|im_start|>", "<|im_end|>"), end="<|im_end|>"),
 }
 """The templates of LLaVA (its system prompts: haotian-liu/LLaVA, llava/conversation.py, Apache-2.0). "own" is the tokenizer's own."""

@@ -9,7 +9,6 @@ the file, the row and its id, or with `on_bad_sample="skip"` is left out, counte
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,135 +19,11 @@ import torch
 from torch import Tensor
 
 from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK, ChatFormat, Encoded, Turn
-from llm_stage.chat_templates import Role
+from llm_stage.rows import Conversation, RowError, parse_row, read_rows
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageSpec, open_image
 
 Policy = Literal["error", "skip"]
-ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One row: its id, turns (user first, answered to the end), image paths as written, and where it stands ("x.json, row 3 (id '7')")."""
-
-    id: str
-    turns: list[Turn]
-    images: list[str]
-    where: str
-
-    @property
-    def words(self) -> int:
-        """Words in all turns: a length that needs neither tokenizer nor pictures."""
-        return sum(len(turn.text.split()) for turn in self.turns)
-
-    @property
-    def empty_answers(self) -> int:
-        """Answers without a word; of these the end token alone is learned."""
-        return sum(turn.role == "assistant" and not turn.text.strip() for turn in self.turns)
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path | str) -> list[Any]:
-    """Read a JSON list, or JSON Lines, of rows.
-
-    Raises:
-        ValueError: The file is missing, is not JSON, or is JSON of another form; the message names the line.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"no conversations file {path}: check the path; `mmkit data mini --out DIR` makes a small set to try") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): it should be JSON or JSON Lines of LLaVA rows") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): it should be a JSON or JSON Lines file of LLaVA rows") from error
-    if text.lstrip()[:1] == "[":
-        rows = _loads(text, path, 1)
-    else:
-        rows = [_loads(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if len(rows) == 1 and isinstance(rows[0], dict) and "conversations" not in rows[0]:
-            raise DataError(
-                f"{path} holds one object with the keys {sorted(rows[0])[:6]}: it should be a list of rows with 'conversations'"
-            )
-    if not rows:
-        raise DataError(f"{path} holds no rows: it should be a JSON list, or JSON Lines, of LLaVA rows")
-    return rows
-
-
-def _loads(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{path} is not valid JSON: line {line}, column {error.colno}: {error.msg}. Repair the file or fetch it "
-            "again; it should be a list of rows, or one row per line"
-        ) from error
-
-
-def parse_row(row: Any, where: str) -> Conversation:
-    """Turn a LLaVA row into a conversation: a leading gpt turn is dropped, other keys are ignored.
-
-    Args:
-        row: {"id", "image": path or list of paths or absent, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}.
-        where: Stands in front of every message.
-
-    Raises:
-        ValueError: Anything is not as it should be.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is {_short(row)}: a row is an object with 'conversations'")
-    where = f"{where} (id {row['id']!r})" if "id" in row else where
-    spoken = row.get("conversations")
-    if not isinstance(spoken, list) or not spoken:
-        kind = "has no 'conversations'" if spoken is None else f"has conversations {_short(spoken)}"
-        raise DataError(f'{where} {kind}: give a list of turns {{"from": "human" or "gpt", "value": text}}')
-    turns = [_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(spoken)]
-    turns = turns[1:] if turns[0].role == "assistant" else turns
-    for index, turn in enumerate(turns):
-        if turn.role != ("assistant" if index % 2 else "user"):
-            roles = " ".join("gpt" if t.role == "assistant" else "human" for t in turns[:8])
-            raise DataError(
-                f"{where}: roles out of order ({roles}{' ...' if len(turns) > 8 else ''}): human and gpt must alternate, human first"
-            )
-    if not turns or turns[-1].role == "user":
-        raise DataError(f"{where}: the last human turn has no answer: add the gpt turn, or take the question out")
-    images = _images(row, where)
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-    if images and marks != len(images):
-        raise DataError(
-            f"{where}: {marks} {IMAGE_MARK} mark(s) in the human turns and {len(images)} image(s): write {IMAGE_MARK} once for each image, "
-            "where it belongs"
-        )
-    conversation = Conversation(str(row.get("id", "")), turns, images, where)
-    if conversation.empty_answers * 2 == len(turns):
-        raise DataError(f"{where}: no answer has a word, so there is nothing to learn: fill in the gpt values, or take the row out")
-    return conversation
-
-
-def _turn(turn: Any, where: str) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(f'{where} is {_short(turn)}: a turn is {{"from": "human" or "gpt", "value": text}}')
-    if turn.get("from") not in ROLES:
-        raise DataError(f"{where} is from {turn.get('from')!r}: only 'human' and 'gpt' speak; a system prompt is a setting, not a turn")
-    return Turn(ROLES[turn["from"]], turn["value"])
-
-
-def _images(row: dict[str, Any], where: str) -> list[str]:
-    given = row.get("image")
-    images = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise DataError(f"{where}: image is {_short(given)}: give a path, a list of paths, or leave the key out for text alone")
-    return images
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # -- checking --------------------------------------------------------------------------------------------------------------------------
@@ -240,9 +115,8 @@ def _parse_all(path: Path | str, image_root: Path | None) -> tuple[list[Conversa
 
 def _must_exist(root: Path, name: str, where: str) -> None:
     if not (root / name).is_file():
-        raise DataError(
-            f"{where}: image {root / name} is not there: fetch it, or give the folder that {name!r} is relative to (--data.images)"
-        )
+        message = f"{where}: image {root / name} is not there: fetch it, or give the folder that {name!r} is relative to (--data.images)"
+        raise RowError(message, "image missing")
 
 
 def encode_within(item: Conversation, chat_format: ChatFormat, tokens_per_image: int, max_length: int) -> tuple[Encoded, int]:
@@ -258,10 +132,11 @@ def encode_within(item: Conversation, chat_format: ChatFormat, tokens_per_image:
     for rounds in range(len(item.turns) // 2, 0, -1):
         turns = item.turns[: 2 * rounds]
         n_images = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if item.images else 0
+        spoken = turns if item.system is None else [Turn("system", item.system), *turns]
         try:
-            encoded = chat_format.encode(turns, n_images, tokens_per_image)
+            encoded = chat_format.encode(spoken, n_images, tokens_per_image)
         except DataError as error:
-            raise DataError(f"{item.where}: {error}") from error
+            raise RowError(f"{item.where}: {error}", "template") from error
         full = full or len(encoded)
         if len(encoded) <= max_length:
             if encoded.n_labels == 0:
@@ -270,13 +145,13 @@ def encode_within(item: Conversation, chat_format: ChatFormat, tokens_per_image:
                 break
             return encoded, rounds
     else:
-        raise DataError(
+        raise RowError(
             f"{item.where}: its first round alone has {len(encoded)} tokens ({n_images * tokens_per_image} of images, never cut), "
-            f"max_length is {max_length}: set it to at least {len(encoded)} (the whole row takes {full}), or take the row out"
+            f"max_length is {max_length}: set it to at least {len(encoded)} (the whole row takes {full}), or take the row out",
+            "too long",
         )
-    raise DataError(
-        f"{item.where}: the {max_length} tokens of max_length hold no answer with a word: raise it to {full}, or take the row out"
-    )
+    message = f"{item.where}: the {max_length} tokens of max_length hold no answer with a word: raise it to {full}, or take the row out"
+    raise RowError(message, "no label")
 
 
 # -- items and batches -----------------------------------------------------------------------------------------------------------------

@@ -31,11 +31,12 @@ from encoders.stock_towers import stock_tower
 from llm_stage import parity
 from llm_stage.adapters import DTYPES, put_adapter
 from llm_stage.llava_card import LlavaCard
-from llm_stage.llava_folder import PROJECTOR, finished, load_llava, save_adapter, save_llava, save_projector
+from llm_stage.llava_folder import PROJECTOR, finished, load_llava, load_projector, save_adapter, save_llava, save_projector
 from llm_stage.model_card import CardFacts, model_card
 from llm_stage.models import model_folder
-from llm_stage.original_export import inner, projector_state, write_mm_projector, write_original, write_original_lora
+from llm_stage.original_export import inner, projector_kind, projector_state, write_mm_projector, write_original, write_original_lora
 from llm_stage.original_llava import PROJECTOR_BIN
+from llm_stage.portable_template import portable_template, same_ids
 from llm_stage.run_checkpoint import is_checkpoint, load_checkpoint
 from mmkit.checkpoint import atomic_folder, atomic_write
 from mmkit.config import cli_entry
@@ -55,6 +56,7 @@ class Source:
         processor: Its processor.
         card: How it was made; None for other people's folders.
         projector_only: Nothing but the projector was trained.
+        encoder, llm: What they are called, where no card says it.
         notes: What the exported folder's user has to know; filled on the way.
     """
 
@@ -63,6 +65,8 @@ class Source:
     processor: LlavaProcessor
     card: LlavaCard | None
     projector_only: bool
+    encoder: str = ""
+    llm: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -70,17 +74,27 @@ class Source:
         """Whether a LoRA was trained."""
         return isinstance(self.model, PeftModel)
 
-    def known(self, what: str) -> LlavaCard:
-        """The card, where a format needs it.
+    def known(self) -> LlavaCard:
+        """The card; of other people's folders, one with what their config.json tells of the parts.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: It does not tell.
         """
         if self.card is None:
-            raise ConfigError(
-                f"{self.folder} does not say which encoder and LLM it was made of, and {what} names them: take another format"
-            )
+            config = inner(self.model).config
+            encoder, llm = (name or str(getattr(part, "_name_or_path", "")) for name, part in self._named(config))
+            if not (encoder and llm):
+                raise ConfigError(
+                    f"{self.folder} does not say which encoder and LLM it was made of, and this format names them: --encoder NAME --llm NAME"
+                )
+            projector = projector_kind(self.model)
+            layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
+            tower = weights_hash(inner(self.model).model.vision_tower)
+            self.card = LlavaCard(encoder, llm, tower, projector, layer, select, "vicuna_v1", stage=2)
         return self.card
+
+    def _named(self, config: Any) -> list[tuple[str, Any]]:
+        return [(self.encoder, config.vision_config), (self.llm, config.text_config)]
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,14 @@ class Format:
         prepare: Brings the model into the form that is written.
         write: (source, work, out, dtype, max_shard_size): fills the folder `work`, whose final place is `out`.
         loading: Python that loads the folder.
+        read: Gives the model back from the folder, for the proof.
     """
 
     about: str
     prepare: Callable[[Source], None]
     write: Callable[[Source, Path, Path, torch.dtype, str], None]
     loading: str
+    read: Callable[[Source, Path], tuple[Any, LlavaProcessor]] = lambda source, work: load_llava(work, merge=False)[:2]
 
 
 # -- whole models --------------------------------------------------------------------------------------------------------------------------
@@ -126,14 +142,30 @@ def write_transformers(source: Source, work: Path, out: Path, dtype: torch.dtype
     """Write an ordinary Hugging Face LLaVA."""
     model = source.model.to(dtype)
     model.config.dtype = dtype
+    give_template(source)
     save_llava(model, source.processor, source.card, work, overwrite=True, max_shard_size=max_shard_size)
     if isinstance(model.model.vision_tower, VisionEncoder):
         shutil.copyfile(encoders.modeling.__file__, work / ENCODER_FILE)
 
 
+def give_template(source: Source) -> None:
+    """Put the chat template of the training where transformers' processors look for it, if it can be told in their language."""
+    if source.card is None:
+        return
+    template = portable_template(source.card, source.processor.tokenizer)
+    source.processor.chat_template = template
+    if template is None:
+        source.notes.append(f"There is no chat template in this folder: the model was trained with `{source.card.template}`.")
+    elif not same_ids(source.card, source.processor, int(source.model.config.image_seq_length)):
+        source.notes.append(
+            f"The chat template in this folder is close to that of the training (`{source.card.template}`), and not the same token for token: "
+            "mmkit's `ChatModel` writes the prompts as they were."
+        )
+
+
 def write_originals(source: Source, work: Path, out: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     """Write LLaVA's own layout, whole."""
-    write_original(source.model, source.processor, source.known("LLaVA's layout"), work, out, dtype, max_shard_size=max_shard_size)
+    write_original(source.model, source.processor, source.known(), work, out, dtype, max_shard_size=max_shard_size)
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------------------
@@ -141,16 +173,13 @@ def write_originals(source: Source, work: Path, out: Path, dtype: torch.dtype, m
 
 def make_parts(source: Source) -> None:
     """See that only parts were trained, that the encoder's name leads to the weights, and that the adapter carries the projector."""
-    card = source.known("a folder of parts")
     if not source.adapter and not source.projector_only:
         raise ConfigError(
             f"{source.folder} is a whole model, whose LLM was trained: its parts are not those of its names. Take transformers"
         )
-    if not isinstance(
-        source.model.get_base_model().model.vision_tower if source.adapter else source.model.model.vision_tower, VisionEncoder
-    ):
-        name = card.encoder if Path(card.encoder).is_dir() else f"hf:{card.encoder.removeprefix('hf:')}"
-        name = f"hf:{name}" if Path(name).is_dir() else name
+    card = source.known()
+    if not isinstance(inner(source.model).model.vision_tower, VisionEncoder):
+        name = f"hf:{card.encoder.removeprefix('hf:')}"
         source.card = replace(card, encoder=name, encoder_hash=weights_hash(load_encoder(name)))  # loaded in this kit's form from now on
     if source.adapter:
         carry_projector(source)
@@ -170,14 +199,14 @@ def carry_projector(source: Source) -> None:
 
 def make_original_lora(source: Source) -> None:
     """See that there is an adapter."""
-    source.known("LLaVA's layout")
+    source.known()
     if not source.adapter:
         raise ConfigError(f"{source.folder} has no adapter: take --format original (the whole model) or mm_projector")
 
 
 def keep(source: Source) -> None:
     """mm_projector.bin is taken out of any model; the rest is left."""
-    source.known("LLaVA's layout")
+    source.known()
     if source.adapter:
         source.model = source.model.unload() if not source.model.peft_config["default"].modules_to_save else _without_lora(source.model)
 
@@ -189,9 +218,18 @@ def _without_lora(model: PeftModel) -> Any:
     return base.eval()
 
 
+def read_projector(source: Source, work: Path) -> tuple[Any, LlavaProcessor]:
+    """The model with its projector emptied and filled from the file: the LLM behind a projector may have been trained on since."""
+    with torch.no_grad():
+        for parameter in source.model.model.multi_modal_projector.parameters():
+            parameter.zero_()
+    load_projector(source.model, work)
+    return source.model, source.processor
+
+
 def write_parts(source: Source, work: Path, out: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     """Write what was trained; processor and tokenizer come again with encoder and LLM."""
-    card = source.known("a folder of parts")
+    card = source.known()
     for name, parameter in source.model.named_parameters():
         if is_part(name):
             parameter.data = parameter.data.to(dtype)
@@ -215,12 +253,13 @@ FORMATS: dict[str, Format] = {
     "transformers": Format("a plain transformers LLaVA: LoRA merged, tower in transformers' own form", make_whole, write_transformers, STOCK),
     "parts": Format("adapter or projector alone; encoder and LLM by name or folder", make_parts, write_parts, CHAT),
     "mm_projector": Format(
-        "LLaVA's mm_projector.bin", keep, lambda s, work, out, dtype, _: write_mm_projector(s.model, s.processor, s.known(""), work, out, dtype), CHAT
+        "LLaVA's mm_projector.bin", keep, lambda s, work, out, dtype, _: write_mm_projector(s.model, s.processor, s.known(), work, out, dtype),
+        CHAT, read_projector,
     ),
     "original": Format("LLaVA's own layout, whole: LoRA merged, CLIP tower inside", make_whole, write_originals, CHAT),
     "original_lora": Format(
         "LLaVA's own layout of a LoRA: adapter and non_lora_trainables.bin", make_original_lora,
-        lambda s, work, out, dtype, _: write_original_lora(s.model, s.processor, s.known(""), work, out, dtype), CHAT,
+        lambda s, work, out, dtype, _: write_original_lora(s.model, s.processor, s.known(), work, out, dtype), CHAT,
     ),
 }  # fmt: skip
 PARTIAL = ("parts", "mm_projector", "original_lora")
@@ -237,7 +276,7 @@ def open_source(folder: Path, encoder: str = "", llm: str = "", from_zero: bool 
     if from_zero:
         raise ConfigError(f"--from_zero is for a checkpoint (RUN/checkpoints/step_N); {folder} is none")
     model, processor, found = load_llava(folder, merge=False, encoder=encoder, llm=llm)
-    return Source(folder, model, processor, found, any((folder / name).is_file() for name in (PROJECTOR, PROJECTOR_BIN)))
+    return Source(folder, model, processor, found, any((folder / name).is_file() for name in (PROJECTOR, PROJECTOR_BIN)), encoder, llm)
 
 
 def export(
@@ -272,7 +311,7 @@ def export(
     expected = parity.logits(source.model, inputs)
     with atomic_folder(out, overwrite=overwrite) as work:
         row.write(source, work, out, kind, max_shard_size)
-        again, its_processor, _ = load_llava(work, merge=False)
+        again, its_processor = row.read(source, work)
         parity.refuse_other_inputs(inputs, parity.probe(its_processor))
         proof = parity.compare(before, expected, parity.logits(again, inputs), dtype)
         proof.refuse()

@@ -112,7 +112,9 @@ class ChatModel:
         elif processor.chat_template or processor.tokenizer.chat_template:
             chat_format = None
         else:
-            raise ConfigError(f"{folder} has no chat template; say what it was trained with: template='vicuna_v1' (llama_2, chatml, plain)")
+            raise ConfigError(
+                f"{folder} has no chat template; say what it was trained with: template='vicuna_v1' (llama_2, llama_3, chatml, plain)"
+            )
         resolved = folder.resolve()
         name = name or (given if given in MODELS else resolved.parent.name if resolved.name == "model" else resolved.name)
         return cls(model.to(device), processor, chat_format, name, card)

@@ -168,6 +168,11 @@ def load_llm(
         for module in model.modules():  # a forward in eval mode would repack the weights for AVX-512, a form that has no backward
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"the tokenizer in {source} has neither an end token nor a pad token: name the end token that the model was trained with "
+            "(tokenizer.eos_token = ..., saved with save_pretrained)"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_image_token(model, tokenizer)

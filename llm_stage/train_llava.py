@@ -77,11 +77,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run.print(trainable_table(model, parts.table(), parts.origins))
     if run.is_main:
         parts.card.write(run.folder, run.folder, files=False)  # what a checkpoint needs, besides config.yaml, to be loaded alone
-    frozen = frozen_hashes(parts, settings)
-    budget = (
-        row_budget(parts.model.model.language_model, settings.data.pack_length or settings.data.max_length) if settings.data.pack else 0
-    )
-    batch_of = partial(make_batch, parts=parts, budget=budget)
+    held = DTYPES[settings.run.precision] if run.deepspeed and settings.run.precision != "fp32" else None  # DeepSpeed casts all weights
+    frozen = frozen_hashes(parts, settings, dtype=held) if run.is_main else {}
+    batch_of = partial(make_batch, parts=parts, budget=pack_budget(settings, parts))
     if settings.check_saving and run.is_main and not run.step:
         items = (dataset[i] for i in range(len(dataset)))
         check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run)
@@ -93,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         dataset.image_source = open_cache(settings, parts, dataset, run)
         batch_of = partial(batch_of, blank=dataset.image_source.blank())
     wrapped, optimizer = run.prepare(model, optimizer)
-    if budget:
+    if settings.data.pack:
         with run.accelerator.autocast():
             check_packing(parts.model.model.language_model)
     run.set_schedule(cosine_schedule(run.plan(dataset), warmup=settings.warmup))
@@ -105,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run.print(speed.summary())
     state = run.weights()  # on all ranks
     if run.is_main:
-        check_frozen(frozen, frozen_hashes(parts, settings), same_dtype=settings.run.precision == "fp32" or not run.deepspeed)
+        check_frozen(frozen, frozen_hashes(parts, settings, state))
         save_result(run.unwrap(), parts, settings, run.folder / "model", state, run.step)
     folder = run.finish()
     run.print(f"llava stage {settings.stage}: the model is in {folder / 'model'}")
@@ -235,6 +233,12 @@ def open_cache(settings: LlavaSettings, parts: Parts, dataset: ConversationDatas
     return images
 
 
+def pack_budget(settings: LlavaSettings, parts: Parts) -> int:
+    """Tokens of a packed row; 0 where rows are padded."""
+    data = settings.data
+    return row_budget(parts.model.model.language_model, data.pack_length or data.max_length) if data.pack else 0
+
+
 def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | None = None) -> dict[str, Any]:
     """Pad (or pack into rows of `budget` tokens) and stack, and see to it that every micro-batch has an image.
 
@@ -259,22 +263,29 @@ def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | 
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------
 
 
-def frozen_hashes(parts: Parts, settings: LlavaSettings) -> dict[str, str]:
-    """Hashes of the parts that this stage must not change."""
+def frozen_hashes(
+    parts: Parts, settings: LlavaSettings, state: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """Hashes of the parts that this stage must not change: as they are, cast to `dtype`, or as they are in the gathered weights."""
     inner = parts.model.model
     frozen = {"vision_tower": inner.vision_tower, **({"language_model": inner.language_model} if settings.stage == 1 else {})}
-    if any(hasattr(parameter, "ds_id") for parameter in parts.model.parameters()):
-        return {}  # ZeRO-3 holds a share of each tensor on each rank
-    return {name: weights_hash(part) for name, part in frozen.items()}
+    if state is None:
+        return {name: weights_hash(part, dtype) for name, part in frozen.items()}
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in frozen}
+    for key, tensor in state.items():
+        for name in frozen:
+            if (marker := f"model.{name}.") in key:
+                found[name][key.split(marker, 1)[1]] = tensor
+    return {name: weights_hash(part) for name, part in found.items()}
 
 
-def check_frozen(before: Mapping[str, str], after: Mapping[str, str], same_dtype: bool) -> None:
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """Prove that frozen parts did not change by a bit.
 
     Raises:
         DataError: One did. That is a fault of the program or of the memory; the result is not written.
     """
-    changed = [name for name in after if same_dtype and before.get(name) not in (None, after[name])]
+    changed = [name for name in after if before.get(name) != after[name]]
     if changed:
         raise DataError(f"{', '.join(changed)} changed during a training in which it is frozen: not saved; the checkpoints are there")
 

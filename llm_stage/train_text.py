@@ -69,7 +69,7 @@ class TextConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    template: str = field(default="own", metadata={"help": "chat template: own, vicuna_v1, llama_2, chatml"})
+    template: str = field(default="own", metadata={"help": "chat template: own, vicuna_v1, llama_2, llama_3, chatml"})
     lr: float = 2e-3
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

@@ -135,16 +135,21 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M" if count >= 100_000 else f"{count:,}"
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module | Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
     """Hash all parameters and buffers (name, type, shape, bytes), to prove that a frozen part did not change.
+
+    Args:
+        module: The part, or its state.
+        dtype: Hash the parameters as they would be after a cast: what DeepSpeed does to them with bf16.
 
     Returns:
         SHA-256 in hex.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    cast = {name for name, _ in module.named_parameters()} if isinstance(module, nn.Module) and dtype is not None else set()
+    for name, tensor in sorted((module.state_dict() if isinstance(module, nn.Module) else module).items()):
         if isinstance(tensor, torch.Tensor):
-            plain = tensor.detach().cpu().contiguous()
+            plain = (tensor.to(dtype) if name in cast and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
             digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return digest.hexdigest()

