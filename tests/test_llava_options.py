@@ -189,6 +189,7 @@ def test_compiled_layers_keep_their_names(world: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four minutes of compiling on a busy machine
 def test_compiled_layers_learn_the_same(world: Path, tmp_path: Path) -> None:
     plain = main(arguments(world, tmp_path / "plain", check_saving="false", steps=3))
     compiled = main(arguments(world, tmp_path / "compiled", check_saving="false", steps=3, compile="true"))
