@@ -164,6 +164,7 @@ def build_llava(
     language, tokenizer = load_llm(llm, dtype) if isinstance(llm, str) else llm
     geometry = tower_geometry(tower, spec)
     strategy = choose_select(geometry, select, tower_name)
+    attention = language.config._attn_implementation
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -175,6 +176,7 @@ def build_llava(
         tie_word_embeddings=bool(language.config.tie_word_embeddings),
     )
     model = _assemble(config, tower, language, seed).to(dtype).eval()
+    model.model.language_model.set_attn_implementation(attention)  # LlavaConfig forgets it, and the model then takes its own choice
     model.generation_config = _generation_config(tokenizer, stop_ids)
     processor = LlavaProcessor(
         image_processor=geometry.spec.image_processor(),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,7 +208,8 @@ def test_pictures_are_padded_in_training_as_the_result_says(world: Path, tmp_pat
 
 def test_the_log_says_how_fast_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     clock = [0.0]
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
+    ticking = SimpleNamespace(monotonic=lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
+    monkeypatch.setattr(throughput, "time", ticking)
     changes = {"log_every": 2, "steps": 3, "gradient_accumulation_steps": 2, "peak_tflops": 1e-6, "check_saving": "false"}
     folder = main(arguments(world, tmp_path / "run", **changes))
     second, third = rows(folder)
@@ -236,6 +238,9 @@ def test_operations_are_those_that_torch_counts(world: Path, stage: int, rank: i
     model: Any = parts.model
     set_stage(model, train_llm=stage == 2)
     model = add_lora(model, s.lora, seed=0) if rank else model
+    for module in parts.model.model.vision_tower.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # torch counts no operations of the fused kernel on a CPU
     dataset = make_dataset(s, parts)
     batch = make_batch([dataset[1]], parts)
     expected = LlavaFlops.of(parts.model).of_batch(batch, sample_lengths(batch), parts.model.config.image_seq_length)
@@ -324,4 +329,4 @@ def test_a_quantised_llm_keeps_its_answers_near(world: Path) -> None:
     ids = torch.tensor([tokenizer("what colour is it")["input_ids"]])
     with torch.no_grad():
         one, two = whole(ids).logits, small(ids).logits
-    assert 0 < (one - two).abs().max() < 0.2 * one.std() * 5  # rounded, and no more than rounded
+    assert 0 < (one - two).norm() < 0.5 * one.norm()  # rounded, and no more than rounded

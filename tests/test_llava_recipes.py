@@ -68,8 +68,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qwen.save_pretrained(folder / "qwen")
     tokenizer.save_pretrained(folder / "qwen")
     llama, _ = tiny_llm()
+    marked = tiny_tokenizer(*CHAT_TEMPLATES["llama_3"].marks)
+    llama.resize_token_embeddings(len(marked))
     llama.save_pretrained(folder / "llama3")
-    tiny_tokenizer(*CHAT_TEMPLATES["llama_3"].marks).save_pretrained(folder / "llama3")
+    marked.save_pretrained(folder / "llama3")
     data, _ = write_data(folder, rows=8)
     rows = json.loads(data.read_text())
     captions = [{**row, "conversations": row["conversations"][:2]} for row in rows]
