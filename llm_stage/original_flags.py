@@ -221,6 +221,8 @@ def _tower(value: str) -> list[str]:
 def _pretrained(value: str) -> list[str]:
     """LLaVA names the projector's file; a stage-1 run of ours in that place has it in its model folder."""
     path = Path(value)
+    if path.is_file():
+        return ["--pretrained", value]
     home = path.parent if path.suffix == ".bin" else path
     for folder in (home / "model", home):
         if (folder / "projector.safetensors").is_file():

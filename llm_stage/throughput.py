@@ -108,6 +108,7 @@ def _matrix(module: nn.Module) -> int:
 
 
 def _tower_flops(tower: Any, tokens: int) -> int:
+    """Operations for an image; of towers that are not one VisionEncoder the linear layers alone, nearly all of it."""
     if isinstance(tower, VisionEncoder):
         return forward_flops(tower)
     return 2 * tokens * sum(_weights(module) for module in tower.modules() if isinstance(module, nn.Linear))

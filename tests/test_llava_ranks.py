@@ -19,7 +19,8 @@ from mmkit.batches import StreamOrder
 ROOT = Path(__file__).parents[1]
 STEPS, GLOBAL_BATCH = 4, 4
 FULL, LORA = {"lr": 2e-3}, {"lr": 2e-3, "lora.rank": 4, "lora.alpha": 8}
-STAGES: dict[str, tuple[int, dict[str, Any]]] = {"stage1": (1, {}), "full": (2, FULL), "lora": (2, LORA)}
+QLORA = {**LORA, "lora.quantize": "nf4"}
+STAGES: dict[str, tuple[int, dict[str, Any]]] = {"stage1": (1, {}), "full": (2, FULL), "lora": (2, LORA), "qlora": (2, QLORA)}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2_stage1": ("stage1", {"deepspeed": zero(2)}),
     "zero2_full": ("full", {"deepspeed": zero(2), "save_every": 2}),
     "zero2_lora": ("lora", {"deepspeed": zero(2)}),
+    "zero2_qlora": ("qlora", {"deepspeed": zero(2), "save_every": 2}),
     "zero3_stage1": ("stage1", {"deepspeed": zero(3)}),
     "zero3_full": ("full", {"deepspeed": zero(3), "check_saving": "true", "save_every": 2}),
     "zero3_lora": ("lora", {"deepspeed": zero(3)}),
