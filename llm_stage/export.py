@@ -322,13 +322,14 @@ def export(
     row.prepare(source)
     if format_name == "mm_projector":  # without its adapter it is another model: the one that stage 1 left
         before = parity.logits(source.model, inputs)
+    formed = parity.logits(source.model, inputs)
     round_weights(source.model, kind, partial=format_name in PARTIAL)
-    expected = parity.logits(source.model, inputs)
+    expected = formed if dtype == "fp32" else parity.logits(source.model, inputs)
     with atomic_folder(out, overwrite=overwrite) as work:
         row.write(source, work, out, kind, max_shard_size)
         again, its_processor = row.read(source, work)
         parity.refuse_other_inputs(inputs, parity.probe(its_processor))
-        proof = parity.compare(before, expected, parity.logits(again, inputs), dtype)
+        proof = parity.compare(before, formed, expected, parity.logits(again, inputs), dtype)
         proof.refuse()
         first = f"import {Path(ENCODER_FILE).stem}  # with this folder on sys.path\n\n" if (work / ENCODER_FILE).is_file() else ""
         first = "import mmkit\n\n" if isinstance(inner(source.model).model.vision_tower, JoinedEncoder) else first
