@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
+    "data check": Command(
+        "llm_stage.check_data:main", "what a LLaVA training would meet in a JSON: bad rows, tokens, labels, padding, steps, memory"
+    ),
     "train contrastive": Command("encoders.train_contrastive:main", "train an image and a text tower on pairs (CLIP)"),
     "train uta": Command("encoders.train_uta:main", "train an encoder on the tokens of a frozen CLIP teacher (unmasked token alignment)"),
     "train classifier": Command(

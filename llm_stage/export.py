@@ -26,6 +26,7 @@ from transformers import LlavaProcessor
 
 import encoders.modeling
 from encoders.catalog import load_encoder
+from encoders.joined import JoinedEncoder
 from encoders.modeling import VisionEncoder
 from encoders.stock_towers import stock_tower
 from llm_stage import parity
@@ -34,7 +35,15 @@ from llm_stage.llava_card import LlavaCard
 from llm_stage.llava_folder import PROJECTOR, finished, load_llava, load_projector, save_adapter, save_llava, save_projector
 from llm_stage.model_card import CardFacts, model_card
 from llm_stage.models import model_folder
-from llm_stage.original_export import inner, projector_kind, projector_state, write_mm_projector, write_original, write_original_lora
+from llm_stage.original_export import (
+    inner,
+    projector_kind,
+    projector_state,
+    spec_of,
+    write_mm_projector,
+    write_original,
+    write_original_lora,
+)
 from llm_stage.original_llava import PROJECTOR_BIN
 from llm_stage.portable_template import portable_template, same_ids
 from llm_stage.run_checkpoint import is_checkpoint, load_checkpoint
@@ -123,6 +132,10 @@ def make_whole(source: Source) -> None:
     """Merge the adapter, and give the tower the form that transformers has for it, if there is one."""
     source.model = finished(source.model, merge=True)
     tower = source.model.model.vision_tower
+    if isinstance(tower, JoinedEncoder):
+        source.notes.append(
+            "The vision tower is several encoders in one, for which transformers has no form: it loads where mmkit is installed."
+        )
     if not isinstance(tower, VisionEncoder):
         return
     layer = source.model.config.vision_feature_layer
@@ -178,9 +191,11 @@ def make_parts(source: Source) -> None:
             f"{source.folder} is a whole model, whose LLM was trained: its parts are not those of its names. Take transformers"
         )
     card = source.known()
-    if not isinstance(inner(source.model).model.vision_tower, VisionEncoder):
+    if not isinstance(inner(source.model).model.vision_tower, VisionEncoder | JoinedEncoder):  # loaded in this kit's form from now on
         name = f"hf:{card.encoder.removeprefix('hf:')}"
-        source.card = replace(card, encoder=name, encoder_hash=weights_hash(load_encoder(name)))  # loaded in this kit's form from now on
+        tower, found = load_encoder(name), spec_of(source.model, source.processor).resize
+        resize = "own" if found == tower.spec.resize else found
+        source.card = replace(card, encoder=name, encoder_hash=weights_hash(tower), resize=resize)
     if source.adapter:
         carry_projector(source)
 
@@ -307,15 +322,17 @@ def export(
     row.prepare(source)
     if format_name == "mm_projector":  # without its adapter it is another model: the one that stage 1 left
         before = parity.logits(source.model, inputs)
+    formed = parity.logits(source.model, inputs)
     round_weights(source.model, kind, partial=format_name in PARTIAL)
-    expected = parity.logits(source.model, inputs)
+    expected = formed if dtype == "fp32" else parity.logits(source.model, inputs)
     with atomic_folder(out, overwrite=overwrite) as work:
         row.write(source, work, out, kind, max_shard_size)
         again, its_processor = row.read(source, work)
         parity.refuse_other_inputs(inputs, parity.probe(its_processor))
-        proof = parity.compare(before, expected, parity.logits(again, inputs), dtype)
+        proof = parity.compare(before, formed, expected, parity.logits(again, inputs), dtype)
         proof.refuse()
         first = f"import {Path(ENCODER_FILE).stem}  # with this folder on sys.path\n\n" if (work / ENCODER_FILE).is_file() else ""
+        first = "import mmkit\n\n" if isinstance(inner(source.model).model.vision_tower, JoinedEncoder) else first
         facts = CardFacts(
             out.name, source.folder, format_name, row.loading.format(out=out.name, first=first), source.card, proof,
             type(inner(source.model).model.vision_tower).__name__, source.notes, evaluations,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llm_stage.llava_card import LlavaCard, sha256
-from llm_stage.parity import CONVERSION, ROUNDING, Parity
+from llm_stage.parity import Parity
 from mmkit.errors import DataError
 from mmkit.manifest import versions
 from mmkit.report_data import command_line
@@ -202,11 +202,7 @@ def _metrics(folders: Sequence[Path]) -> str:
 
 
 def _proof(parity: Parity) -> str:
-    scale = max(1.0, parity.largest)
-    rows = [
-        ["read back against what was to be written", f"{parity.conversion:.2e}", f"{CONVERSION * scale:.2e}"],
-        [f"read back ({parity.dtype}) against the model before", f"{parity.rounding:.2e}", f"{ROUNDING[parity.dtype] * scale:.2e}"],
-    ]
+    rows = [[what, f"{found:.2e}", f"{limit:.2e}"] for what, found, limit in parity.rows()]
     return (
         f"One fixed picture and text, {parity.tokens} positions, computed in float32 at the export; the largest logit is {parity.largest:.3g}.\n\n"
         + _table(["largest difference of a logit", "found", "refused above"], rows)

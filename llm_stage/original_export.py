@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
 
+from encoders.joined import JoinedEncoder
 from encoders.modeling import VisionEncoder
 from llm_stage.llava_card import LlavaCard
 from llm_stage.llms import LLMS, llm_source
@@ -53,7 +54,7 @@ def projector_kind(model: Any) -> str:
 def spec_of(model: Any, processor: LlavaProcessor) -> ImageSpec:
     """How the model's pictures are prepared: the encoder's own word, or what a stock processor says."""
     tower, own = inner(model).model.vision_tower, processor.image_processor
-    if isinstance(tower, VisionEncoder):
+    if isinstance(tower, VisionEncoder | JoinedEncoder):
         return tower.spec
     size, scaled = tower.config.image_size, own.size.get("shortest_edge") or own.size["height"]
     cropped = bool(getattr(own, "do_center_crop", False)) and scaled != size

@@ -29,11 +29,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from encoders.catalog import ENCODERS, load_encoder
+from encoders.catalog import ENCODERS
 from encoders.foreign import hf_spec, load_hf
+from encoders.joined import JOINED_TYPE
 from encoders.modeling import MODEL_TYPE
+from encoders.vision_towers import load_tower, parse
 from llm_stage.adapters import ADAPTER, adapter_file, merged, put_adapter, read_adapter_config
-from llm_stage.llava import PROJECTORS, Select, build_llava
+from llm_stage.llava import PROJECTORS, Select, build_llava, with_resize
 from llm_stage.llava_card import LlavaCard, check_files, read_card
 from llm_stage.llms import add_image_token, load_llm
 from mmkit.checkpoint import load_strict, load_weights, refuse_differences
@@ -318,11 +320,9 @@ def _tower(name: str, folder: Path, state: Mapping[str, Tensor], original: Origi
     if not name:
         raise ConfigError(f"{folder / 'config.json'} names no mm_vision_tower: give the encoder, --encoder NAME_OR_FOLDER")
     own = {key.removeprefix(_TOWER_PREFIX): tensor for key, tensor in state.items() if key.startswith(_TOWER_PREFIX)}
+    said = original.values.get("mmkit_image_spec")  # by mmkit's own exports: more than LLaVA's keys can tell
     if not own and _is_ours(name):
-        tower = load_encoder(name)
-        if original.pad:
-            tower.config.image_spec = {**(tower.config.image_spec or {}), "resize": "pad"}
-        return tower, None
+        return with_resize(load_tower(name), said["resize"] if said else "pad" if original.pad else "own"), None
     try:
         config: Any = AutoConfig.from_pretrained(name.removeprefix("hf:"))
     except (OSError, ValueError) as error:
@@ -341,16 +341,16 @@ def _tower(name: str, folder: Path, state: Mapping[str, Tensor], original: Origi
         load_strict(tower, renamed, f"the vision tower in {folder}")
     else:
         tower = load_hf(CLIPVisionModel, name.removeprefix("hf:"), vision, name)
-    said = original.values.get("mmkit_image_spec")
     spec = ImageSpec.from_dict(said) if said else ImageSpec(size=vision.image_size, **hf_spec(name.removeprefix("hf:"), config))
     return tower, replace(spec, resize="pad") if original.pad else spec
 
 
 def _is_ours(name: str) -> bool:
     """Whether `load_encoder` is to be asked: a name of the kit's, or a folder that a training of ours wrote."""
-    if name in ENCODERS or name.startswith(("timm:", "openclip:")):
+    join, parts = parse(name)
+    if join or name in ENCODERS or name.startswith(("timm:", "openclip:")) or any(part.image_size for part in parts):
         return True
     try:
-        return bool(json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
+        return bool(json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type") in (MODEL_TYPE, JOINED_TYPE))
     except (OSError, ValueError, AttributeError):
         return False

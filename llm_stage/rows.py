@@ -67,7 +67,7 @@ def read_rows(path: Path | str) -> list[Any]:
     if text.lstrip()[:1] == "[":
         rows = _loads(text, path, 1)
     else:
-        rows = [_loads(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_loads(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if len(rows) == 1 and isinstance(rows[0], dict) and not {"conversations", "messages"} & set(rows[0]):
             raise DataError(
                 f"{path} holds one object with the keys {sorted(rows[0])[:6]}: it should be a list of rows with 'conversations' or 'messages'"

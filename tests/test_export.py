@@ -113,6 +113,7 @@ def test_whole_models_are_written_in_the_asked_dtype(lora, tmp_path, dtype):
     folder, made, processor = lora
     proof = export(open_source(folder), tmp_path / "out", dtype=dtype)
     assert proof.conversion <= 1e-6
+    assert proof.form <= 1e-5
     assert proof.rounding <= {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[dtype]
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {module.DTYPES[dtype]}
     again, its_processor, card = load_llava(tmp_path / "out")
@@ -157,11 +158,13 @@ def test_an_export_that_is_another_model_is_refused(lora, tmp_path, monkeypatch)
 
     real = module.stock_tower
     monkeypatch.setattr(module, "stock_tower", broken)
-    with pytest.raises(DataError, match=r"not exported: the logits of the rounding differ by .*, up to .* is right"):
+    with pytest.raises(
+        DataError, match=r"not exported: merged and in its new form against the model before, the logits differ by .*; up to .* is right"
+    ):
         main([str(lora[0]), str(tmp_path / "out")])
     monkeypatch.setattr(module, "stock_tower", real)
     monkeypatch.setattr(module, "save_llava", lambda model, *rest, **more: save_llava(shifted(model), *rest, **more))
-    with pytest.raises(DataError, match=r"not exported: the logits of the conversion differ"):
+    with pytest.raises(DataError, match=r"not exported: read back against what was to be written, the logits differ"):
         main([str(lora[0]), str(tmp_path / "out")])
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 

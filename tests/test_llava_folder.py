@@ -196,3 +196,23 @@ def test_nothing_stays_of_a_folder_that_could_not_be_written(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         save_llava(model, processor, LlavaCard("a", "b", "c"), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_with_other_tensors_than_its_settings_is_a_diff(tmp_path, parts):
+    model, processor, card = parts
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["multi_modal_projector"])
+    save_adapter(get_peft_model(model, config), processor, card, tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    state = load_file(weights)
+    name = next(name for name in state if "lora_A" in name)
+    state["surplus"] = state.pop(name)
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"adapter_model.safetensors (is not the file that was written|has .* bytes)"):
+        load_llava(tmp_path / "lora")
+    table = json.loads((tmp_path / "lora" / CARD).read_text())
+    (tmp_path / "lora" / CARD).write_text(json.dumps({**table, "files": {}}))
+    with pytest.raises(DataError, match=r"1 of \d+ tensors missing: .*lora_A(.|\n)*1 of \d+ tensors unexpected: surplus"):
+        load_llava(tmp_path / "lora")
+    weights.unlink()
+    with pytest.raises(DataError, match=r"adapter_model.safetensors is missing"):
+        load_llava(tmp_path / "lora")

@@ -169,7 +169,7 @@ def test_every_launcher_starts_it(world: Path, tmp_path: Path, child_environment
     environment = {**child_environment, "DS_ACCELERATOR": "cpu"}
     launchers: dict[str, list[Any]] = {
         "python": [sys.executable],
-        "accelerate": [BIN / "accelerate", "launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", a_port()],
+        "accelerate": [BIN / "accelerate", "launch", "--cpu", "--num_processes", 1],  # on a CPU it starts one, whatever it is told
         "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", a_port()],
     }
     main(arguments(world, tmp_path / "main", "stage1", steps=2))

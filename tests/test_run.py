@@ -408,6 +408,19 @@ def test_read_once_in_a_step_a_nan_is_still_named_before_the_optimizer(
     assert (tmp_path / "run" / "nan_00000003" / f"batch_0_{micro_batch - 1}.pt").is_file()
 
 
+def test_under_deepspeed_every_rank_stops_before_the_optimizer_when_one_has_a_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(RunConfig(output_dir=str(tmp_path / "run"), steps=2, micro_batch_size=4), name="toy", settings=RunConfig())
+    model = toy_training.ToyModel(0.0)
+    wrapped, _ = run.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    run._deferred = run.deepspeed = True  # the engine's backward steps, too: ranks have to agree before it
+    monkeypatch.setattr("mmkit.terms.dist.all_reduce", lambda flag: flag.add_(1))  # another rank says that it has one
+    before = [parameter.clone() for parameter in model.parameters()]
+    batches = run.batches(toy_training.ToyData(), toy_training.collate)
+    with pytest.raises(TrainingError, match="a loss of another rank is not finite at step 1"):
+        run.backward(wrapped(next(batches)["x"]).square().mean())
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 def test_a_forgotten_backward_is_an_error(tmp_path: Path) -> None:
     run = Run(RunConfig(output_dir=str(tmp_path / "run"), steps=2, micro_batch_size=4), name="toy", settings=RunConfig())
     model = toy_training.ToyModel(0.0)
