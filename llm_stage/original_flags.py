@@ -13,6 +13,7 @@ What is different here, flag for flag:
     image_aspect_ratio      is the resize of the tower's pictures, saved with the model
     deepspeed               a file's gradient clipping, optimizer and schedule must not contradict the settings; a name alone
                             (zero2, zero3_offload) is a file of llm_stage/recipes
+    bf16                    frozen weights are bfloat16; what is trained stays float32, with DeepSpeed or without
     loss                    the mean over all supervised tokens of a step; LLaVA takes the mean of the micro-batches' means
 
 Order: defaults < recipe < command line. Flags that neither side knows stay errors.
@@ -273,8 +274,9 @@ def _precision(given: Mapping[str, str], ours: set[str], words: Sequence[str]) -
     on = [name for name in ("bf16", "fp16") if given.get(name, "").lower() == "true"]
     if len(on) == 2:
         raise ConfigError("--bf16 True and --fp16 True (flags of LLaVA's scripts) contradict each other: leave one out")
-    said = {"bf16", "fp16"} & set(given)
-    return (["--run.precision", on[0] if on else "fp32"] if said else []), []
+    if not {"bf16", "fp16"} & set(given):
+        return [], []
+    return ["--run.precision", on[0] if on else "fp32", "--weights", "bf16" if on == ["bf16"] else "fp32"], []
 
 
 def _lora(given: Mapping[str, str], ours: set[str], words: Sequence[str]) -> Together:

@@ -62,14 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dataset = make_dataset(settings, parts)
     if settings.data.feature_cache and not settings.data.rebuild_cache:
         check_cache(settings.data.feature_cache)
-    model: Any = parts.model
-    set_stage(model, train_llm=settings.stage == 2)
-    if settings.gradient_checkpointing:
-        checkpoint_llm(model)
-    if settings.lora.rank:
-        model = add_lora(model, settings.lora, settings.run.seed)
-    if settings.run.precision != "fp32":
-        keep_trained_in_fp32(model)
+    model = choose_trained(parts, settings)
     groups = param_groups(model, settings.lr, settings.weight_decay, lr_by_pattern={"*multi_modal_projector*": settings.projector_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
@@ -81,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     frozen = frozen_hashes(parts, settings, dtype=held) if run.is_main else {}
     batch_of = partial(make_batch, parts=parts, budget=pack_budget(settings, parts))
     if settings.check_saving and run.is_main and not run.step:
-        items = (dataset[i] for i in range(len(dataset)))
-        check_saving(model, parts, settings, batch_of([next(item for item in items if item is not None)]), run)
+        first = next(item for item in (dataset[i] for i in range(len(dataset))) if item is not None)
+        check_saving(model, parts, settings, batch_of([first]), run)
     if settings.liger:
         use_liger(parts.model, run.device)
     if settings.compile:
@@ -258,6 +251,19 @@ def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | 
     if blank is not None and not any(item.get("images") for item in items):
         batch["pixel_values"] = blank
     return batch
+
+
+def choose_trained(parts: Parts, settings: LlavaSettings) -> Any:
+    """Freeze what this stage does not train, and add what it trains besides; with LoRA the result is peft's model around ours."""
+    model: Any = parts.model
+    set_stage(model, train_llm=settings.stage == 2)
+    if settings.gradient_checkpointing:
+        checkpoint_llm(model)
+    if settings.lora.rank:
+        model = add_lora(model, settings.lora, settings.run.seed)
+    if settings.run.precision != "fp32":
+        keep_trained_in_fp32(model)
+    return model
 
 
 # -- proofs ----------------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_pretrain_is_our_stage_one() -> None:
     assert (s.template, s.projector, s.feature_layer, s.projector_lr, s.warmup) == ("plain", "mlp2x_gelu", -2, 1e-3, 0.03)
     assert (s.data.json, s.data.max_length) == ("./playground/data/blip_laion_cc_sbu_558k.json", 2048)
     assert (s.run.micro_batch_size, s.run.epochs, s.run.save_every, s.run.keep_checkpoints) == (32, 1.0, 24000, 1)
-    assert (s.run.precision, s.tf32, s.gradient_checkpointing, s.run.trackers) == ("bf16", True, True, ["wandb"])
+    assert (s.weights, s.run.precision, s.tf32, s.gradient_checkpointing, s.run.trackers) == ("bf16", "bf16", True, True, ["wandb"])
     assert (s.run.log_every, s.run.num_workers, s.lora.rank, s.run.group_by_length) == (1, 4, 0, 0)
     assert Path(str(s.run.deepspeed)) == RECIPES / "zero2.json"  # theirs is not here
 
@@ -77,7 +77,7 @@ def test_finetune_lora_keeps_both_rates_apart() -> None:
 def test_qlora_is_four_bits() -> None:
     s = read(FINETUNE_LORA | {"bits": "4", "lora_r": "64", "quant_type": "nf4", "double_quant": "True", "lora_dropout": "0.1"})
     assert (s.lora.quantize, s.lora.double_quant, s.lora.rank, s.lora.dropout) == ("nf4", True, 64, 0.1)
-    assert s.quantization == {"bits": 4, "type": "nf4", "double": True, "dtype": "fp32"}
+    assert s.quantization == {"bits": 4, "type": "nf4", "double": True, "dtype": "bf16"}
 
 
 def test_the_command_line_wins_over_the_recipe_and_leaves_the_rest_of_it() -> None:
@@ -145,7 +145,7 @@ def test_our_own_command_lines_pass_untouched() -> None:
 
 def test_a_flag_alone_is_true_and_the_launchers_own_passes() -> None:
     found, _ = translate(["--local_rank=0", "--bf16", "--data_path", "x", "--stage", "1"])
-    assert found == ["--data.json", "x", "--run.precision", "bf16", "--local_rank=0", "--stage", "1"]
+    assert found == ["--data.json", "x", "--run.precision", "bf16", "--weights", "bf16", "--local_rank=0", "--stage", "1"]
 
 
 def test_a_tower_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
