@@ -83,8 +83,7 @@ class Classes:
             DataError: A key is missing or the numbers contradict each other.
         """
         try:
-            parts = (tuple(values[key]) for key in ("ids", "names", "index"))
-            return cls(*parts, num_logits=int(values["num_logits"]))
+            return cls(tuple(values["ids"]), tuple(values["names"]), tuple(values["index"]), int(values["num_logits"]))
         except (KeyError, TypeError) as error:
             raise DataError(f"classes need ids, names, index and num_logits; these have {sorted(values)} ({error})") from error
 

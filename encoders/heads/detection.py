@@ -65,6 +65,8 @@ class DetectionHead(Head):
     task = "detection"
     mean_over = ("boxes", "class_weight")
     config: DetectionConfig
+    class_weight: Tensor
+    class_index: Tensor
 
     def __init__(self, config: DetectionConfig) -> None:
         super().__init__(config)

@@ -124,6 +124,8 @@ class SegmentationHead(Head):
     task = "segmentation"
     mean_over = ("masks", "class_weight")
     config: SegmentationConfig
+    class_weight: Tensor
+    class_index: Tensor
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
