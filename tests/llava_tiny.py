@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaProcessor, PreTrainedTokenizerFast
 
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
 
@@ -105,3 +105,10 @@ def write_data(folder: Path, rows: int = 24, text_only_every: int = 0) -> tuple[
     path = folder / "data.json"
     path.write_text(json.dumps(records))
     return path, images
+
+
+def logits(model: torch.nn.Module, processor: LlavaProcessor) -> torch.Tensor:
+    """Logits [1, L, V] of a model for a red picture and a question."""
+    inputs = processor(images=picture("red"), text="<image>\nwhat colour is it", return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from llava_tiny import picture, stock_tower, tiny_llm, tiny_tower, write_parts
+from llava_tiny import logits, stock_tower, tiny_llm, tiny_tower, write_parts
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection
 
@@ -107,12 +107,6 @@ def write_lora(world, folder, rank=2, alpha=6):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps(mm_config(world)))
     return folder, merged
-
-
-def logits(model, processor):
-    inputs = processor(images=picture("red"), text="<image>\nwhat colour is it", return_tensors="pt")
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def test_a_whole_release_is_the_same_model(world, tmp_path):
