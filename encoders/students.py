@@ -24,7 +24,6 @@ MASK_TOKEN_STD = 0.02
 class StudentConfig:
     """The network to be trained."""
 
-    start: str = field(default="", metadata={"help": "begin with the weights of this encoder, a name or folder, not with random ones"})
     architecture: str = field(default="eva02_base_patch14_224", metadata={"help": "a timm VisionTransformer or Eva"})
     model_args: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "its arguments: img_size, patch_size, embed_dim, depth, drop_path_rate, ..."}
@@ -36,6 +35,7 @@ class StudentConfig:
         default=False, metadata={"help": "compute blocks again in the backward: a third slower, less memory"}
     )
     compile: bool = field(default=False, metadata={"help": "torch.compile student and teacher: K is constant, so it happens once"})
+    start: str = field(default="", metadata={"help": "begin with the weights of this encoder, a name or folder, not with random ones"})
 
     def validate(self) -> None:
         """Refuse to build what is loaded.

@@ -29,7 +29,7 @@ class ToySettings:
     lr: float = 0.05
     dropout: float = 0.0
     kill_at: int = field(default=-1, metadata={"free": True})  # step in which the process kills itself, after backward
-    signal_at: int = -1  # step in which it gets Ctrl-C
+    signal_at: int = field(default=-1, metadata={"free": True})  # step in which it gets Ctrl-C
     nan_at: int = -1
     bad_item: int = -1
     on_bad: str = "error"
