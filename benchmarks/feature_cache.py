@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from encoders.modeling import VisionEncoder, VisionEncoderConfig
 from llm_stage.conversations import ConversationDataset
 from llm_stage.llava import set_stage, supervised_loss
 from llm_stage.tower_features import TowerFeatures, cached_images, feature_key
@@ -46,7 +47,8 @@ class BenchmarkConfig:
     words: int = field(default=40, metadata={"help": "words of each answer"})
     micro_batch_size: int = field(default=4, metadata={"help": "rows in a step"})
     stage: int = field(default=2, metadata={"help": "1 trains the projector, 2 the LLM too"})
-    encoder: str = field(default="mini-clip", metadata={"help": "the tower"})
+    encoder: str = field(default="", metadata={"help": "the tower; empty takes random weights of `architecture`"})
+    architecture: str = field(default="vit_small_patch16_224", metadata={"help": "a name of timm: with mini-llm about half of a step"})
     llm: str = field(default="mini-llm", metadata={"help": "the LLM"})
     picture: int = field(default=336, metadata={"help": "pixels of the pictures' edges"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
@@ -65,13 +67,25 @@ def write_world(folder: Path, config: BenchmarkConfig) -> None:
         turns = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows))
+    if not config.encoder:
+        torch.manual_seed(0)
+        VisionEncoder(VisionEncoderConfig(architecture=config.architecture)).save_pretrained(folder / "encoder")
 
 
 class Side:
     """One way to train an epoch, with or without the tower: a model of its own, the same for both at the start."""
 
     def __init__(self, config: BenchmarkConfig, folder: Path, cached: bool) -> None:
-        words = ["--stage", "1", "--encoder", config.encoder, "--llm", config.llm, "--json", str(folder / "data.json")]
+        words = [
+            "--stage",
+            "1",
+            "--encoder",
+            config.encoder or str(folder / "encoder"),
+            "--llm",
+            config.llm,
+            "--json",
+            str(folder / "data.json"),
+        ]
         self.settings = load_config(LlavaSettings, [*words, "--images", str(folder), "--data.check", "false"])
         self.config, self.device = config, torch.device(config.device)
         self.parts: Parts = assemble(self.settings)
@@ -146,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     medians = {side: statistics.median(seconds) for side, seconds in times.items()}
     clock = "CPU time of the process" if sides["tower"].own_time else "wall clock"
     print(
-        f"{config.encoder} + {config.llm}, stage {config.stage}, {config.rows} rows of {config.words} words, {config.device}, {clock}, "
+        f"{config.encoder or config.architecture} + {config.llm}, stage {config.stage}, {config.rows} rows of {config.words} words, {config.device}, {clock}, "
         f"{config.rounds} rounds: the tower is {share:.0%} of a step\n"
         f"epoch with the tower {medians['tower']:.3f} s, with cached features {medians['cache']:.3f} s: "
         f"{medians['tower'] / medians['cache']:.2f}x (goal {GOAL}x); largest difference of losses {apart:.2g}"
