@@ -39,7 +39,7 @@ def models() -> Rows:
 
 
 def recipes() -> Rows:
-    """All recipes, with the first line of their heads."""
+    """All recipes and what they are for."""
     return from_files("recipes")
 
 
@@ -61,17 +61,21 @@ def from_table(table: Mapping[str, Any]) -> Rows:
 def from_files(kind: str) -> Rows:
     """Headings and rows of the kit's YAML files of a kind, "recipes" or "sweeps"."""
     paths = [path for package in ("encoders", "llm_stage") for path in sorted((ROOT / package / kind).rglob("*.yaml"))]
-    return [kind.removesuffix("s"), "file", "what it does"], [
-        [path.stem, str(path.relative_to(ROOT)), first_comment(path)] for path in paths
-    ]
+    return [kind.removesuffix("s"), "what it does"], [[path.stem, purpose(path)] for path in paths]
 
 
-def first_comment(path: Path) -> str:
-    """The first line of a recipe's head, without its mark."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and line.strip("# "):
-            return line.strip("# ")
-    return ""
+# What a line of a recipe's head is about; the lines without such a word say what the recipe does.
+HEAD_WORDS = ("run", "try", "needs", "expect")
+
+
+def purpose(path: Path) -> str:
+    """What the head of a recipe says it does: its line "what", its first sentence, or what to expect of it."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    said = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in reversed(lines) if " " in line}
+    if "what" in said:
+        return said["what"]
+    first = next((line for line in lines if line), "")
+    return said.get("expect", first) if first.startswith(HEAD_WORDS) else first
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

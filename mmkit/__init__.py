@@ -5,6 +5,7 @@ that define them announce themselves by entry points of the group "mmkit.models"
 loaded with transformers, not before, since that takes seconds which `mmkit --help` need not wait for.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ class _AlongWithTransformers(MetaPathFinder):
 # where the next bit of work comes within microseconds: so GNU's OpenMP, which torch brings on Linux, may spin that long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+# peft imports bitsandbytes wherever it is installed, and that offers a faster 4-bit kernel for this very CPU each time, model or no model.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.getMessage())
 
 if "transformers" in sys.modules:
     register_models()

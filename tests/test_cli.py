@@ -113,3 +113,12 @@ def test_lists_show_what_can_be_named(what: str, expected: str, capsys: pytest.C
 def test_a_list_that_is_not_there_names_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "encoder"]) == 2
     assert "encoders" in capsys.readouterr().err
+
+
+def test_every_listed_recipe_says_what_it_is_for_and_not_how_it_is_started() -> None:
+    """A list of recipes is read to choose one; the command to start it stands in its file."""
+    from apps.listing import HEAD_WORDS, from_files
+
+    rows = from_files("recipes")[1] + from_files("sweeps")[1]
+    assert len(rows) > 60
+    assert [name for name, text in rows if len(text) < 20 or text.split()[0] in HEAD_WORDS] == []
