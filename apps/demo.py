@@ -46,7 +46,7 @@ class DemoConfig:
     model: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "folders, or names of `mmkit list models`, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart"
+            "help": "folders, or names of `mmkit list models`, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart, or mini-chat"
         },
     )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; loopback keeps the demo to this machine"})

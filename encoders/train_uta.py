@@ -185,10 +185,10 @@ def learn(
     return alignment_loss(student(images, keep), take_kept(target, keep), cls_weight)  # [B, 1 + K, E] both
 
 
-def export(run: Run, model: Any, config: UTAConfig, kept: int) -> None:
+def export(run: Run, config: UTAConfig, kept: int) -> None:
     """Write the student into RUN/encoder, as an encoder folder. All ranks take part: sharded weights are gathered."""
-    state = run.accelerator.get_state_dict(model)
-    if not run.is_main:
+    state = run.weights()
+    if not run.is_main or state is None:
         return
     state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}  # no mask token
     student = run.unwrap().encoder
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         speed = bound.tick() if run.updated else speed
         run.log(**terms, **speed)
 
-    export(run, model, config, masks.kept)
+    export(run, config, masks.kept)
     if speed_found := bound.summary():
         run.print(speed_found)
     if bad := dataset.bad_images():
