@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from encoders.clip_towers import patch_keeper
+from mmkit.ranks import rows_of_all_ranks
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tensor, captions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -41,34 +41,10 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tenso
     return (terms["image_to_text"] + terms["text_to_image"]) / 2, terms
 
 
-class _GatherRows(torch.autograd.Function):
-    """Rows [B, D] of every rank, in rank order [G, D]; each rank's loss sends its gradient back to the rank whose rows it used.
-
-    What torch.distributed.nn.all_gather does too, here with a single all-reduce in the backward, on every backend.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, rows.contiguous())
-        return torch.cat(everyone)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def _gather(images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """All ranks' features (gradients flow back to their ranks) and captions, and where this rank's rows begin."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return images, texts, captions, 0
-    both = torch.cat([images, texts], dim=1).contiguous()  # one exchange instead of two
-    gathered: Tensor = _GatherRows.apply(both)
-    ids = [torch.empty_like(captions) for _ in range(dist.get_world_size())]
-    dist.all_gather(ids, captions.contiguous())
-    return gathered[:, : images.shape[1]], gathered[:, images.shape[1] :], torch.cat(ids), dist.get_rank() * len(images)
+    both, offset = rows_of_all_ranks(torch.cat([images, texts], dim=1))  # one exchange instead of two
+    return both[:, : images.shape[1]], both[:, images.shape[1] :], rows_of_all_ranks(captions)[0], offset
 
 
 def encode_pairs(clip: nn.Module, images: Tensor, text_ids: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
