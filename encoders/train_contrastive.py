@@ -37,19 +37,8 @@ from encoders.clip_towers import install_patch_keeper, lr_scales
 from encoders.contrastive import contrastive_loss, encode_pairs
 from encoders.masking import MaskConfig, Masks
 from encoders.modeling import VisionEncoder
-from encoders.pairs import (
-    CaptionedImages,
-    DrawnPairs,
-    FilePairs,
-    MaskedPairs,
-    Pairs,
-    ShardPairs,
-    collate_pairs,
-    held_out_drawings,
-    read_pairs,
-    sample_captions,
-)
-from encoders.shards import Shards, holds_shards
+from encoders.pair_sources import PairConfig, open_pairs, read_source
+from encoders.pairs import FilePairs, MaskedPairs, collate_pairs, held_out_drawings, sample_captions
 from encoders.zeroshot import load_templates, zeroshot_ranks, zeroshot_weights
 from mmkit.batches import derive_seed, seed_everything
 from mmkit.checkpoint import atomic_folder, atomic_write, load_strict
@@ -65,29 +54,6 @@ from mmkit.trainable import trainable_table
 
 RECIPES = Path(__file__).parent / "recipes"
 LARGEST_SCALE = math.log(100)
-
-
-@dataclass
-class DataConfig:
-    """Where the pairs come from."""
-
-    source: str = field(
-        default="minidata",
-        metadata={"help": "minidata (drawn on the fly), a captions JSON, a folder with .txt files, or shards: DIR/{0000..0099}.tar"},
-    )
-    image_root: str = field(default="", metadata={"help": "folder of the images a JSON names; default: the JSON's own"})
-    length: int = field(default=100_000, metadata={"help": "minidata: pairs in an epoch"})
-    single_share: float = field(default=0.7, metadata={"help": "minidata: share of pictures with one object"})
-    plain_share: float = field(default=0.6, metadata={"help": "minidata: of these, the share captioned by the name alone"})
-    on_bad_sample: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "an unreadable pair or shard: stop, or leave it out, listed"}
-    )
-    scale: list[float] = field(default_factory=lambda: [0.6, 1.0], metadata={"help": "files: share of the area a crop covers, from and to"})
-
-    def validate(self) -> None:
-        """Refuse shares that are none."""
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"data.scale is {self.scale}; two shares of the area, from and to, as in [0.6, 1.0], are right")
 
 
 @dataclass
@@ -115,7 +81,7 @@ class ContrastiveConfig:
     eval_every: int = field(default=0, metadata={"help": "minidata: steps between zero-shot checks; 0 is only at the end"})
     eval_views: int = field(default=2, metadata={"help": "minidata: held-out drawings of each name"})
     export_every: int = field(default=0, metadata={"help": "steps between exports; 0 is only at the end"})
-    data: DataConfig = field(default_factory=DataConfig)
+    data: PairConfig = field(default_factory=PairConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:
@@ -258,35 +224,6 @@ def thin_log(folder: Path, most: int = 150) -> str:
     return "".join(json.dumps(row) + "\n" for row in sorted([*rows, *checks], key=lambda row: row["step"]))
 
 
-def open_pairs(settings: ContrastiveConfig, source: Any, spec: ImageSpec, bad_list: Path | None = None) -> Pairs:
-    """Give the pairs of a training.
-
-    Args:
-        source: What `read_source` gave.
-        spec: How pictures are prepared.
-        bad_list: Where pairs that were left out are listed.
-    """
-    c, seed = settings.data, settings.run.seed
-    if source is None:
-        return DrawnPairs(seed, c.length, c.single_share, c.plain_share)
-    low, high = c.scale
-    more: dict[str, Any] = {"on_bad_sample": c.on_bad_sample, "bad_list": bad_list, "scale": (low, high)}
-    return ShardPairs(source, spec, seed, **more) if isinstance(source, Shards) else CaptionedImages(source, spec, seed, **more)
-
-
-def read_source(data: DataConfig) -> Any:
-    """Find the pairs before the run folder is made: it may fail. None for pairs that are drawn.
-
-    Raises:
-        DataError: There is no such file, or it is not what it should be.
-    """
-    if data.source == "minidata":
-        return None
-    if holds_shards(data.source):
-        return Shards(data.source, data.on_bad_sample)
-    return read_pairs(data.source, data.image_root)
-
-
 def build_parts(settings: ContrastiveConfig, source: Any, saved: Path) -> ClipParts:
     """Build the two towers and set their temperature.
 
@@ -300,7 +237,9 @@ def build_parts(settings: ContrastiveConfig, source: Any, saved: Path) -> ClipPa
     if settings.encoder:
         parts = clip_from_encoder(settings.encoder, settings.encoder_text)
     else:
-        parts = build_clip(settings.model, lambda: sample_captions(open_pairs(settings, source, ImageSpec())), saved)
+        parts = build_clip(
+            settings.model, lambda: sample_captions(open_pairs(settings.data, source, ImageSpec(), settings.run.seed)), saved
+        )
     if source is None and parts.spec.size != 96:
         name = settings.encoder or settings.model
         raise ConfigError(f"--model {name} takes {parts.spec.size} pixels, minidata draws 96; give a model of 96, or other data")
@@ -339,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     optimizer = build_optimizer(settings, clip)
     run = Run(settings.run, name="contrastive", settings=settings)
     _keep_tokenizer(run, parts, saved)
-    pairs = open_pairs(settings, source, parts.spec, run.folder / "bad_samples.jsonl")
+    pairs = open_pairs(settings.data, source, parts.spec, settings.run.seed, run.folder / "bad_samples.jsonl")
     dataset: Any = MaskedPairs(pairs, Masks(masks, grid, settings.run.seed)) if masks else pairs
     origins = {"image tower": parts.origin, "(rest)": parts.text_origin or parts.origin}
     run.print(trainable_table(clip, {"image tower": clip.visual}, origins))
