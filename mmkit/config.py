@@ -144,6 +144,7 @@ def cli_entry(main: Callable[[], Any]) -> NoReturn:
         main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+        _leave_ranks()
         sys.exit(130)
     except (MMKitError, ValueError, LookupError, OSError) as error:
         if os.environ.get("MMKIT_TRACEBACK", "") not in ("", "0"):
@@ -151,8 +152,16 @@ def cli_entry(main: Callable[[], Any]) -> NoReturn:
         # A bare KeyError says only 'x'; its type is the better half of the message.
         name = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError) else ""
         print(f"error: {name}{error}", file=sys.stderr)
+        _leave_ranks()
         sys.exit(2)
     sys.exit(0)
+
+
+def _leave_ranks() -> None:
+    """End gloo's threads: a process that ends with them may be aborted (SIGABRT). NCCL's would wait for collectives that never come."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 # ---- the tree of fields ------------------------------------------------------------------------------------------------------------------
