@@ -41,11 +41,15 @@ COMMANDS: dict[str, Command] = {
     "train llava": Command(
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
     ),
+    "train qformer": Command(
+        "llm_stage.train_qformer:main", "train BLIP-2's Q-Former before a frozen encoder: contrast, matching, captions"
+    ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
     "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval classifier": Command("encoders.eval_classifier:main", "top-1 and top-5 of a fine-tuned classifier on any folder of its classes"),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "eval qformer-retrieval": Command("llm_stage.eval_retrieval:main", "retrieval with a Q-Former: by contrast, and re-ranked by matching"),
     "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),
     "sweep": Command(
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"

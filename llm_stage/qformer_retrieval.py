@@ -3,12 +3,13 @@
 Letters: N images, M texts, Q queries, E joint width, n image tokens, T text tokens, k re-ranked.
 
     ITC     the largest cosine over an image's queries, no temperature
-    ITM     for the k best of each query: the logit of "yes" (mean over queries) plus the cosine; everything else comes after
+    ITM     for the k best of each query: the logit of "yes" (mean over queries) plus the cosine; the others stay behind these
 
-Source: LAVIS, lavis/models/blip2_models/blip2_qformer.py (compute_sim_matrix); k is 128 there. The paper does not mention the sum.
+Source: LAVIS, lavis/models/blip2_models/blip2_qformer.py (compute_sim_matrix); k is 128 there. The paper does not mention the sum. Departure:
+LAVIS gives all others one score, so that recall beyond k depends on the order of the files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from llm_stage.qformer import QFormer
 
 CELLS = 4_000_000  # scores held at once
 RERANKED = 128
+BEHIND = -1e6  # score of the first candidate that was not matched
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,9 @@ def _best(scores: Callable[[slice], Tensor], queries: int, items: int, k: int) -
 
 @torch.no_grad()
 def reranked_texts(
-    model: QFormer,
-    states: Callable[[int], Tensor],
-    ids: Tensor,
-    mask: Tensor,
-    found: Candidates,
-    rows: Sequence[int],
-    batch_size: int = 256,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Re-rank the texts of images: for each row its number, the items and their new scores [k], best first.
+    model: QFormer, states: Callable[[int], Tensor], ids: Tensor, mask: Tensor, found: Candidates, row: int, k: int, batch_size: int = 256
+) -> Candidates:
+    """Re-rank the first k texts of one image.
 
     Args:
         model: The Q-Former, asleep.
@@ -88,36 +84,42 @@ def reranked_texts(
         ids: All texts [M, T].
         mask: [M, T].
         found: The candidates of each image.
-        rows: Images to do.
-        batch_size: Texts matched at once; an image's keys and values are computed once for them.
+        row: The image.
+        k: How many of its candidates are matched; the others stay behind them, by their cosine.
+        batch_size: Texts matched at once; the image's keys and values are computed once for them.
+
+    Returns:
+        All candidates of this image, [1, candidates].
     """
-    for row in rows:
-        image, items = states(row)[None], found.index[row]
-        logits = [model.match(image, *_trimmed(ids[some], mask[some]))[:, 1] for some in items.split(batch_size)]
-        yield row, *_sorted(items, torch.cat(logits).float().to(found.score.device) + found.score[row])
+    image, items = states(row)[None], found.index[row, :k]
+    logits = [model.match(image, *_trimmed(ids[some], mask[some]))[:, 1] for some in items.split(batch_size)]
+    return _reranked(found, row, torch.cat(logits))
 
 
 @torch.no_grad()
 def reranked_images(
-    model: QFormer, states: Callable[[int], Tensor], ids: Tensor, mask: Tensor, found: Candidates, rows: Sequence[int], batch_size: int = 64
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Re-rank the images of texts; see `reranked_texts`. `states` gives [n, W] for each candidate."""
-    for row in rows:
-        items = found.index[row]
-        logits = []
-        for some in items.split(batch_size):
-            image = torch.stack([states(int(item)) for item in some])
-            words = _trimmed(ids[row].expand(len(some), -1), mask[row].expand(len(some), -1))
-            logits.append(model.match(image, *words)[:, 1])
-        yield row, *_sorted(items, torch.cat(logits).float().to(found.score.device) + found.score[row])
+    model: QFormer, states: Callable[[int], Tensor], ids: Tensor, mask: Tensor, found: Candidates, row: int, k: int, batch_size: int = 64
+) -> Candidates:
+    """Re-rank the first k images of one text; see `reranked_texts`. `states` gives [n, W] for each candidate."""
+    logits = []
+    for some in found.index[row, :k].split(batch_size):
+        image = torch.stack([states(int(item)) for item in some])
+        words = _trimmed(ids[row].expand(len(some), -1), mask[row].expand(len(some), -1))
+        logits.append(model.match(image, *words)[:, 1])
+    return _reranked(found, row, torch.cat(logits))
+
+
+def _reranked(found: Candidates, row: int, logits: Tensor) -> Candidates:
+    k = len(logits)
+    scores = logits.float().to(found.score.device) + found.score[row, :k]
+    order = scores.argsort(descending=True, stable=True)
+    index = torch.cat([found.index[row, :k][order], found.index[row, k:]])
+    # Behind the matched ones the cosine's order counts, and no tie is to be seen.
+    rest = torch.arange(len(index) - k, device=scores.device, dtype=scores.dtype)
+    return Candidates(index[None], torch.cat([scores[order], BEHIND - rest])[None])
 
 
 def _trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Cut off the padding that all have."""
     length = int(mask.sum(dim=1).max())
     return ids[:, :length], mask[:, :length]
-
-
-def _sorted(items: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    order = scores.argsort(descending=True, stable=True)
-    return items[order], scores[order]

@@ -96,16 +96,19 @@ class QFormerSettings:
             raise ConfigError(f"weights is {self.weights}; three numbers are right, ITC's above 0: ITM's negatives come from its scores")
         if len(self.betas) != 2:
             raise ConfigError(f"betas is {self.betas}; AdamW has two, as in [0.9, 0.98]")
-        if not self.encoder:
-            raise ConfigError("--encoder is missing: the encoder that the Q-Former is to read")
-        if self.calibrate and not self.pretrained:
-            raise ConfigError("--calibrate needs --pretrained: the Q-Former folder that is calibrated")
         if self.pretrained and (self.bert or self.tokenizer):
             raise ConfigError("--pretrained brings its own words: --bert and --tokenizer are for new Q-Formers")
         if self.run.micro_batch_size < 2:
             raise ConfigError("run.micro_batch_size is 1: ITM needs another pair to be wrong about; 2 is the least, 64 a start")
         if bool(self.val_captions) != bool(self.val_images):
             raise ConfigError("--val_captions and --val_images go together: give both or none")
+
+    def require(self) -> None:
+        """Refuse a run without what a recipe cannot know."""
+        if not self.encoder:
+            raise ConfigError("--encoder is missing: the encoder that the Q-Former is to read")
+        if self.calibrate and not self.pretrained:
+            raise ConfigError("--calibrate needs --pretrained: the Q-Former folder that is calibrated")
 
 
 class CaptionedPairs:
@@ -187,6 +190,7 @@ def make_tokenizer(settings: QFormerSettings, source: Any) -> QFormerTokenizer:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the run folder."""
     settings = load_config(QFormerSettings, argv, recipe_dir=RECIPES)
+    settings.require()
     source = read_source(settings.data)
     parts = build_parts(settings, source)
     if source is None and parts.spec.size != 96:

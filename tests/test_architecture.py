@@ -38,7 +38,9 @@ EXPECTED_RECIPES = {
     "encoders": UTA_RECIPES
     | {"contrastive_uta_b16", "contrastive_uta_g14", "contrastive_uta_l14", "mini_clip", "mini_contrastive_uta"}
     | {"ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336", "mini_ftclip"},
-    "llm_stage": LLAVA_RECIPES | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"},
+    "llm_stage": LLAVA_RECIPES
+    | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"}
+    | {"mini_qformer", "qformer_stage1", "qformer_calibrate"},
 }
 
 

@@ -1,6 +1,8 @@
 """The Q-Former's network and the three losses of its first stage, held against LAVIS's own numbers and their laws."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from encoders import convert
 from llm_stage.lavis import config_of, from_lavis, to_lavis
 from llm_stage.qformer import QFormer, QFormerConfig
+from llm_stage.qformer_folder import encoder_features, load_frozen_encoder
 from llm_stage.qformer_losses import Pairs, gather_pairs, hard_negatives, itc_loss, stage1_loss
+from llm_stage.qformer_retrieval import best_by_itc, itc_scores, reranked_images, reranked_texts
 
 GOLDEN = Path(__file__).parent / "golden" / "qformer"
 LOSSES = ("itc", "itm", "itg")
 
 
+def load_golden() -> dict[str, dict[str, Tensor]]:
+    names = ("state_dict", "inputs", "outputs", "grads", "two_process", "retrieval")
+    return {name: load_file(GOLDEN / f"{name}.safetensors") for name in names}
+
+
 @pytest.fixture(scope="module")
 def golden() -> dict[str, dict[str, Tensor]]:
-    return {name: load_file(GOLDEN / f"{name}.safetensors") for name in ("state_dict", "inputs", "outputs", "grads", "two_process")}
+    return load_golden()
 
 
 def made(golden: dict[str, dict[str, Tensor]], attention: str = "sdpa") -> QFormer:
@@ -93,6 +103,88 @@ def test_gradients_into_both_sides_are_an_option(golden: dict[str, Any]) -> None
     loss, _ = stage1_loss(model, pairs_of(golden), torch.Generator(), both_sides=True, negatives=drawn)
     loss.backward()
     compare_gradients(model, {k.removeprefix("both_sides/"): v for k, v in golden["grads"].items() if k.startswith("both_sides/")}, least=1)
+
+
+@pytest.mark.parametrize("ids", ["plain", "ids"])
+def test_two_ranks_are_one(ids: str, golden: dict[str, Any], tmp_path: Path, child_environment: dict[str, str], free_port: int) -> None:
+    """ITC, ITM and their gradients also equal LAVIS's own run of two processes; its ITG is a mean of means, ours of all words."""
+    environment = {**child_environment, "PYTHONPATH": f"{Path(__file__).parent}:{child_environment['PYTHONPATH']}"}
+    words = [sys.executable, str(Path(__file__).parent / "qformer_ranks.py")]
+    ranks = [subprocess.Popen([*words, str(rank), str(free_port), str(tmp_path), ids], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    prefix = "ids_" if ids == "ids" else ""
+    found = [load_file(tmp_path / f"{prefix}{rank}.safetensors") for rank in range(2)]
+    theirs, outputs = golden["two_process"], golden["outputs"]
+    mean = (found[0]["losses"] + found[1]["losses"]) / 2
+    expected = torch.stack([outputs[f"{prefix}loss_{name}"] for name in LOSSES] + [outputs[f"{prefix}loss"]])
+    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0]["losses"][:2], theirs[f"{prefix}rank_losses"][0, :2], rtol=0, atol=1e-5)
+    for lavis, ours in (
+        ("vision_proj.weight", "vision_projection.weight"),
+        ("text_proj.weight", "text_projection.weight"),
+        ("temp", "temp"),
+    ):
+        difference = (found[0][f"grad/{ours}"] - theirs[f"{prefix}grad/{lavis}"]).norm() / theirs[f"{prefix}grad/{lavis}"].norm()
+        assert float(difference) < 2e-5, ours
+    one = made(golden)
+    inputs = golden["inputs"]
+    drawn = (inputs[f"{prefix}neg_image_idx"], inputs[f"{prefix}neg_text_idx"])
+    stage1_loss(one, pairs_of(golden, inputs["image_ids"] if prefix else None), torch.Generator(), negatives=drawn)[0].backward()
+    for name, parameter in one.named_parameters():
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(found[0][f"grad/{name}"], parameter.grad, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def raw(golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """What the encoder gives for the retrieval's images: LAVIS's file of three blocks, converted, its last but one block read."""
+    folder = tmp_path_factory.mktemp("eva")
+    sizes = {"img_size": 42, "patch_size": 14, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 279 / 64}
+    convert.eva([str(GOLDEN / "eva_vit.safetensors"), str(folder / "vit"), "--model", "eva_vit_g", "--model_args", json.dumps(sizes)])
+    encoder = load_frozen_encoder(str(folder / "vit"), -2)
+    first = encoder_features(encoder, golden["inputs"]["pixel_values"], -2)
+    close(first, golden["outputs"]["image_embeds_raw"])
+    return encoder_features(encoder, golden["retrieval"]["pixel_values"], -2)
+
+
+def test_scores_and_reranked_scores_are_lavis_own(golden: dict[str, Any], raw: Tensor) -> None:
+    model, theirs = made(golden), golden["retrieval"]
+    ids, mask = theirs["input_ids"], theirs["attention_mask"]
+    with torch.no_grad():
+        states = model.image_states(raw)
+        images, texts = model.image_embeddings(model.queries(states)), model.text_embeddings(model.text(ids, mask))
+        close(itc_scores(images, texts), theirs["itc_cos"])
+        close(torch.stack([model.match(states[i : i + 1], ids, mask)[:, 1] for i in range(6)]), theirs["itm_logit_all"])
+    by_image, by_text = best_by_itc(images, texts, 12)
+    for row in range(6):
+        found = reranked_texts(model, states.__getitem__, ids, mask, by_image, row, k=4, batch_size=3)
+        close(found.score[0, :4], theirs["score_i2t"][row, found.index[0, :4]])
+        assert sorted(found.index[0].tolist()) == list(range(12))
+    places = []
+    for row in range(12):
+        found = reranked_images(model, states.__getitem__, ids, mask, by_text, row, k=4, batch_size=3)
+        close(found.score[0, :4], theirs["score_t2i"][row, found.index[0, :4]])
+        places.append(int(found.ranks([[row // 2]], 6)[0]))
+    official = json.loads((GOLDEN / "retrieval_metrics.json").read_text())
+    assert 100 * sum(place < 1 for place in places) / 12 == pytest.approx(official["itc_then_itm"]["img_r1"])
+    itc = by_image.ranks([[2 * image, 2 * image + 1] for image in range(6)], 12)
+    for k in (1, 5, 10):
+        assert 100 * float((itc < k).mean()) == pytest.approx(official["itc_only"][f"txt_r{k}"])
+    back = by_text.ranks([[text // 2] for text in range(12)], 6)
+    assert 100 * float((back < 5).mean()) == pytest.approx(official["itc_only"]["img_r5"])
+
+
+def test_reranking_all_is_the_full_ranking_and_more_than_there_are_is_all(golden: dict[str, Any], raw: Tensor) -> None:
+    model, theirs = made(golden), golden["retrieval"]
+    ids, mask = theirs["input_ids"], theirs["attention_mask"]
+    with torch.no_grad():
+        states = model.image_states(raw)
+        images, texts = model.image_embeddings(model.queries(states)), model.text_embeddings(model.text(ids, mask))
+    by_image, _ = best_by_itc(images, texts, 99)
+    whole = theirs["itc_cos"] + theirs["itm_logit_all"]
+    for row in range(6):
+        found = reranked_texts(model, states.__getitem__, ids, mask, by_image, row, k=99)
+        assert found.index[0].tolist() == whole[row].argsort(descending=True).tolist()
 
 
 def test_negatives_are_drawn_as_often_as_lavis_draws_them(golden: dict[str, Any]) -> None:
