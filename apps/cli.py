@@ -45,6 +45,10 @@ COMMANDS: dict[str, Command] = {
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
     "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval classifier": Command("encoders.eval_classifier:main", "top-1 and top-5 of a fine-tuned classifier on any folder of its classes"),
+    "eval ocr": Command("encoders.eval_ocr:main", "read words off a frozen encoder's patch tokens: a small head, word accuracy per set"),
+    "eval goi": Command(
+        "encoders.eval_goi:main", "name the object of a region from a frozen encoder's CLS: a linear probe, top-1 and top-5"
+    ),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
     "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),
     "sweep": Command(

@@ -21,7 +21,7 @@ from mmkit.records import read_jsonl
 CONTROL_SUFFIX = "_shuffled"
 BASELINE = "most_frequent_answer"
 MAIN_METRICS = ("vqa_accuracy", "top1")  # the first that a summary has is its headline; else its first metric
-_SKIP = {"checkpoints", "images", "classification", ".git", ".venv", "node_modules"}
+_SKIP = {"checkpoints", "probe_heads", "images", "classification", ".git", ".venv", "node_modules"}
 _NO_CURVE = {"step", "samples_seen", "seconds", "lr", "epoch", "grad_norm", "missing"}
 
 
