@@ -58,7 +58,8 @@ class HeadConfig:
         """Refuse sizes that do not go together."""
         if min(self.width, self.layers, self.heads, self.longest) < 1 or self.width % self.heads:
             raise ConfigError(
-                f"head.width {self.width}, layers {self.layers}, heads {self.heads}: longest {self.longest}: the width is a multiple of the heads, all are above 0"
+                f"head.width {self.width}, layers {self.layers}, heads {self.heads}, longest {self.longest}: "
+                "all above 0, and the width a multiple of the heads, are right"
             )
 
 

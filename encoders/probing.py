@@ -125,27 +125,27 @@ class ProbeData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def get(self, epoch: int, index: int) -> dict[str, Tensor] | None:
-        """Give {"features" or "images", "labels"} of one image."""
+    def get(self, epoch: int, index: int) -> dict[str, Any] | None:
+        """Give the place of one image, and its pixels where features are not kept."""
         if self.kept is not None:
-            return {"features": self.kept[index], "labels": self.labels[index]}
+            return {"place": index}
+        spec = self.images.spec
         try:
-            spec = self.images.spec
-            pixels = spec.normalise(spec.fit(open_image(self.images.open(self.images.names[index]))))
+            return {"place": index, "pixels": spec.normalise(spec.fit(open_image(self.images.open(self.images.names[index]))))}
         except DataError:
             if self.on_bad_sample == "skip":
                 return None
             raise
-        return {"images": pixels, "labels": self.labels[index]}
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Give {"features" or "images", "labels"} of a batch; kept features are taken out all at once."""
+        places = torch.tensor([item["place"] for item in items])
+        inputs = {"features": self.kept[places]} if self.kept is not None else {"images": torch.stack([item["pixels"] for item in items])}
+        return {**inputs, "labels": self.labels[places]}
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """The features of a batch on its device."""
         return batch["features"] if "features" in batch else self.images.features(batch["images"])
-
-
-def stack(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate items of equal shapes."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
 def probe_data(images: ProbeImages, labels: Tensor, config: ProbeConfig) -> tuple[ProbeData, dict[str, str]]:
@@ -218,7 +218,7 @@ def fit_head(
         head = build()
         model, _ = run.prepare(head, optimizer_of(head))
         run.set_schedule(schedule_of(run.plan(data)))
-        for batch in run.batches(data, stack, weigh):
+        for batch in run.batches(data, data.collate, weigh):
             run.backward(loss_of(model(data.features(batch)), batch["labels"]))
         run.finish()
         if run.is_main:
