@@ -49,11 +49,11 @@ class HeldOut:
         self.first = dict(state)
 
     def begin(self, step: int) -> None:
-        """Take lines after `step` out of the log: those steps will be done again. The first rank's alone."""
+        """Take lines after `step` out of the log, since those steps will be done again; a run that begins measures step 0 anew, too."""
         file = self.folder / FILE
         if self.rank == 0 and file.is_file():
             repair(file)
-            atomic_write(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step))
+            atomic_write(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step > 0))
 
     @torch.no_grad()
     def measure(self, step: int, loss_of: LossOf, device: torch.device, **more: Any) -> dict[str, float]:
