@@ -128,7 +128,9 @@ class CocoTask:
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         if self.task == "segmentation":
             masks = place.masks([item.mask() for item in image.objects])
-            keep = keep & (masks.flatten(1).any(1) if len(masks) else keep)  # the box may reach into the window where its object does not
+            keep = keep & (
+                masks.flatten(1).any(1).bool() if len(masks) else keep
+            )  # the box may reach into the window where its object does not
             target["masks"] = masks[keep]
             target["points_seed"] = torch.tensor(derive_seed(self.seed, epoch, index, _POINTS))
         sides = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1) / self.canvas
