@@ -28,6 +28,9 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         "apps.quickstart:main", "from nothing to a report: data, encoders, LLaVA behind each, evaluation (about 20 minutes)"
     ),
+    "experiment visft": Command(
+        "apps.visft:main", "ViSFT on the embedded data: heads, LoRA, its permuted control, probes before and after, and a report"
+    ),
     "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
     "data check": Command(

@@ -180,7 +180,7 @@ def run_protocol(
     mean, scale = data.kept.mean(dim=0), data.kept.std(dim=0).clamp(min=1e-6)
     heads = [
         fit_head(
-            folder.path, seed, lambda: LinearProbe(mean, scale, len(task.classes)), data, F.cross_entropy, None,
+            folder.path, seed, lambda: LinearProbe(mean, scale, len(task.classes)), data, F.cross_entropy, lambda batch: float(len(batch["labels"])),
             lambda head: torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.0), lambda steps: cosine_schedule(steps, 0.05),
             config,
         )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from encoders.image_batches import Broken, Source, batches
 from encoders.modeling import VisionEncoder
 from encoders.zeroshot_pair import autocast
+from mmkit.batches import derive_seed
 from mmkit.checkpoint import load_strict, load_weights, save_weights
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageError, ImageSpec, open_image
@@ -126,9 +127,7 @@ class ProbeData:
         return len(self.labels)
 
     def get(self, epoch: int, index: int) -> dict[str, Any] | None:
-        """Give the place of one image, and its pixels where features are not kept."""
-        if self.kept is not None:
-            return {"place": index}
+        """Give the place and the pixels of one image."""
         spec = self.images.spec
         try:
             return {"place": index, "pixels": spec.normalise(spec.fit(open_image(self.images.open(self.images.names[index]))))}
@@ -138,14 +137,43 @@ class ProbeData:
             raise
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Give {"features" or "images", "labels"} of a batch; kept features are taken out all at once."""
+        """Give {"images", "labels"} of a batch."""
         places = torch.tensor([item["place"] for item in items])
-        inputs = {"features": self.kept[places]} if self.kept is not None else {"images": torch.stack([item["pixels"] for item in items])}
-        return {**inputs, "labels": self.labels[places]}
+        return {"images": torch.stack([item["pixels"] for item in items]), "labels": self.labels[places]}
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """The features of a batch on its device."""
         return batch["features"] if "features" in batch else self.images.features(batch["images"])
+
+
+class KeptBatches:
+    """Kept features a batch at a time: for `Run` one of them is one sample, since seeding and collating images singly costs more than a head.
+
+    Args:
+        data: With its features.
+        size: Images in a batch; the last one of an epoch may have fewer.
+        seed: Of the order.
+    """
+
+    def __init__(self, data: ProbeData, size: int, seed: int) -> None:
+        self.data, self.size, self.seed = data, size, seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.size)
+
+    def get(self, epoch: int, index: int) -> dict[str, Tensor]:
+        """Give {"features", "labels"} of one batch; which images are in it is a function of (seed, epoch, index)."""
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.data), generator=generator))
+        places = self._order[1][index * self.size : (index + 1) * self.size]
+        assert self.data.kept is not None
+        return {"features": self.data.kept[places], "labels": self.data.labels[places]}
+
+    def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Join batches."""
+        return {key: torch.cat([item[key] for item in items]) for key in items[0]}
 
 
 def probe_data(images: ProbeImages, labels: Tensor, config: ProbeConfig) -> tuple[ProbeData, dict[str, str]]:
@@ -191,7 +219,7 @@ def fit_head(
     build: Callable[[], nn.Module],
     data: ProbeData,
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    weigh: Callable[[dict[str, Tensor]], float] | None,
+    weigh: Callable[[dict[str, Tensor]], float],
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
     schedule_of: Callable[[int], Schedule],
     config: ProbeConfig,
@@ -204,7 +232,7 @@ def fit_head(
         build: Makes a head; torch's generator is seeded before.
         data: Its training set.
         loss_of: (outputs, labels) to the mean loss [].
-        weigh: Over how many things the loss of a batch is a mean; None is its images.
+        weigh: Over how many things the loss of a batch is a mean.
         optimizer_of, schedule_of: From the head, and from the number of steps.
         config: Settings, saved with the head.
 
@@ -213,12 +241,16 @@ def fit_head(
     """
     place = folder / HEADS / f"seed_{seed}"
     if not (place / HEAD_FILE).is_file():
-        settings = replace(config, run=replace(config.run, output_dir=str(place), seed=seed, resume=True, overwrite=False))
+        own = replace(config.run, output_dir=str(place), seed=seed, resume=True, overwrite=False)
+        dealt: ProbeData | KeptBatches = data
+        if data.kept is not None:
+            dealt, own = KeptBatches(data, config.run.micro_batch_size, seed), replace(own, micro_batch_size=1, global_batch_size=0)
+        settings = replace(config, run=own)
         run = Run(settings.run, name=f"{folder.name}, head {seed}", settings=settings)
         head = build()
         model, _ = run.prepare(head, optimizer_of(head))
-        run.set_schedule(schedule_of(run.plan(data)))
-        for batch in run.batches(data, data.collate, weigh):
+        run.set_schedule(schedule_of(run.plan(dealt)))
+        for batch in run.batches(dealt, dealt.collate, weigh):
             run.backward(loss_of(model(data.features(batch)), batch["labels"]))
         run.finish()
         if run.is_main:
