@@ -64,7 +64,7 @@ def evaluation_of(out: Path, arm: str, seed: int, name: str) -> Path:
 def plan(config: VisftExperimentConfig) -> list[Stage]:
     """All stages in order."""
     out, data = Path(config.out), config.data_folder
-    stages = [_draw(config, data), _before(out)]
+    stages = [_draw(config, data), _before(out), _words(out, data)]
     heads, places = visft_heads(data, out / "work", 0, config.scale)
     stages += heads
     for seed in config.seeds:
@@ -87,6 +87,12 @@ def _before(out: Path) -> Stage:
     folder = encoder_of(out, BEFORE, 0)
     flags = ("mini-clip", str(folder))
     return Stage("encoder before", "quickstart", "apps.quickstart:export_encoder", flags, folder, folder / "config.json")
+
+
+def _words(out: Path, data: Path) -> Stage:
+    folder = out / "words"
+    flags = ("--data", str(data), "--out", str(folder))
+    return Stage("cut the words out", "experiment visft", "mmkit.minidata.word_crops:main", flags, folder, folder / "test.jsonl")
 
 
 def _stage_two(config: VisftExperimentConfig, arm: str, seed: int, heads: list[Path]) -> Stage:
@@ -112,8 +118,8 @@ def _evaluations(config: VisftExperimentConfig, arm: str, seed: int) -> list[Sta
     flags: Mapping[Path, tuple[str, ...]] = {
         zero: ("--images", str(data / "classification" / "test"), "--benchmark", "mini_zeroshot"),
         ocr: (
-            "--train", str(data / "words"), "--test", f"words={data / 'words'}", "--benchmark", "mini_ocr", "--seeds", str(seed),
-            "--optimizer", "adamw", "--lr", "3e-3", "--head.width", "96", "--head.heads", "3", "--head.longest", "8",
+            "--train", str(out / "words"), "--test", f"words={out / 'words'}", "--benchmark", "mini_ocr", "--seeds", str(seed),
+            "--optimizer", "adamw", "--lr", "3e-3", "--head.width", "96", "--head.layers", "2", "--head.heads", "3", "--head.longest", "8",
             "--run.steps", str(max(4, round(600 * config.scale))), "--run.micro_batch_size", "32",
         ),
         goi.parent: (

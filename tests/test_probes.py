@@ -140,7 +140,7 @@ def test_words_come_from_shards_and_from_iiit(tmp_path: Path) -> None:
 
 def test_a_list_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "gt.txt").write_text("what is this\n")
-    with pytest.raises(DataError, match="gt.txt, line 1: `path<TAB>word`"):
+    with pytest.raises(DataError, match=r"gt\.txt, line 1: `path<TAB>word`"):
         read_words(str(tmp_path))
     (tmp_path / "gt.txt").unlink()
     with pytest.raises(DataError, match="no list of words"):
@@ -296,7 +296,8 @@ def coco_set(root: Path) -> Path:
     generator = np.random.default_rng(0)
     for split, count in {"train": 40, "val": 20}.items():
         (root / "images" / split).mkdir(parents=True)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number in range(count):
             picture = np.full((40, 40, 3), 255, dtype=np.uint8)
             for place in range(2):
@@ -334,7 +335,7 @@ def test_m3it_rows_give_label_region_and_picture(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"instruction": "Identify ...", "inputs": "region: [5, 2, 15, 6]\nOptions: (A) cat (B) dog", "outputs": "(B) Dog.", "image_base64_str": [text]},
         {"instruction": "Identify ...", "inputs": "", "outputs": "traffic light", "image_base64_str": text, "bbox": [0.25, 0.2, 0.75, 0.6]},
         {"instruction": "What is it?", "inputs": "", "outputs": "cat", "image_base64_str": [text]},
