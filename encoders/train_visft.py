@@ -9,7 +9,7 @@ or a few ways only, the encoder's features are computed once and read from then 
 one task for each step, and trains the adapter's A and B alone. It leaves RUN/adapter and RUN/encoder, an ordinary encoder folder with the
 adapter merged in. Both write RUN/held_out.jsonl: each task's loss on images that are not trained on, batch by batch.
 
-`--data.permuted` is the control: the same pictures, steps and heads, with annotations that belong to other pictures.
+`--permute_annotations` is the control: the same pictures, steps and heads, with annotations that belong to other pictures.
 
 Source: Supervised Fine-tuning in turn Improves Visual Foundation Models (ViSFT), sections 3 and 4, and its code. Departures: heads sleep in
 stage 2 (theirs drop out), CLS stays and pictures are normalised as the tower's were; three flags bring theirs back.
@@ -87,7 +87,9 @@ def train_head(config: VisftConfig) -> Path:
     held_out.begin(run.step)
 
     def loss_of(_: str, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return asleep(head)(features_of(batch, maps), batch["targets"])
+        with run.accelerator.autocast():
+            found: tuple[Tensor, Mapping[str, Tensor]] = head.eval()(features_of(batch, maps), batch["targets"])
+        return found
 
     if run.step == 0:
         say(run, "untrained", held_out.measure(0, loss_of, run.device))
@@ -115,11 +117,6 @@ def features_of(batch: Mapping[str, Any], maps: FeatureMaps) -> Tensor:
     """Give the maps [B, C, h, w] of a batch: as they were cached, or computed."""
     cached: Tensor | None = batch.get("features")
     return maps(batch["pixels"]) if cached is None else cached
-
-
-def asleep(head: Head) -> Head:
-    """Put a head into eval mode, and give it."""
-    return head.eval()
 
 
 def due(run: Run, config: VisftConfig) -> bool:
@@ -201,11 +198,7 @@ def train_lora(config: VisftConfig) -> Path:
         groups += param_groups(model.heads, config.lr * config.head_lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
     run.print("\n".join([sets[False].describe(), "held out: " + sets[True].describe(), "encoder: " + describe(encoder)]))
-    run.print(
-        trainable_table(
-            model, {**heads, "encoder": encoder}, {"encoder": encoder.config.origin, **dict(zip(tasks, config.heads, strict=True))}
-        )
-    )
+    run.print(trainable_table(model, {**heads, "encoder": encoder}, {"encoder": encoder.config.origin, **dict.fromkeys(tasks, "stage 1")}))
     wrapped, optimizer = run.prepare(model, optimizer)
     layout = run.layout
     mixture = TaskMixture(
@@ -223,7 +216,7 @@ def train_lora(config: VisftConfig) -> Path:
 
     def loss_of(task: str, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         for head in heads.values():
-            asleep(head)
+            head.eval()
         with run.accelerator.autocast():
             return model(task, batch["pixels"], batch["targets"], None)
 

@@ -39,6 +39,7 @@ class HeldOut:
     def __init__(self, data: Mapping[str, TaskData], batch_size: int, folder: Path, rank: int = 0, ranks: int = 1) -> None:
         self.data, self.batch_size, self.folder, self.rank, self.ranks = dict(data), batch_size, folder, rank, ranks
         self.first: dict[str, float] = {}
+        self._written: set[tuple[int, str]] = set()
 
     def state_dict(self) -> dict[str, float]:
         """Give what a resumed run has to know."""
@@ -53,7 +54,9 @@ class HeldOut:
         file = self.folder / FILE
         if self.rank == 0 and file.is_file():
             repair(file)
-            atomic_write(file, "".join(json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step > 0))
+            kept = [row for row in read_jsonl(file) if row["step"] <= step > 0]
+            atomic_write(file, "".join(json.dumps(row) + "\n" for row in kept))
+            self._written = {(row["step"], row["task"]) for row in kept}
 
     @torch.no_grad()
     def measure(self, step: int, loss_of: LossOf, device: torch.device, **more: Any) -> dict[str, float]:
@@ -85,7 +88,8 @@ class HeldOut:
             found[task] = means.pop("loss")
             line = {"step": step, "task": task, "loss": found[task], "terms": means, "batches": [row["loss"] for row in rows], **more}
             more = {}
-            if self.rank == 0:
+            if self.rank == 0 and (step, task) not in self._written:
+                self._written.add((step, task))
                 with open(self.folder / FILE, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
         if not self.first:

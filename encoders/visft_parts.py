@@ -45,8 +45,8 @@ def open_set(config: VisftConfig, tasks: list[str], held_out: bool) -> CocoSet:
     coco = read_coco(root, instances=instances, captions=captions, on_bad=config.data.on_bad_sample)
     if held_out and config.data.held_out_limit:
         return replace(coco, images=coco.images[: config.data.held_out_limit])
-    if not held_out and config.data.share < 1:
-        return replace(coco, images=share_of(coco, config.data.share, config.run.seed))
+    if not held_out and config.data_share < 1:
+        return replace(coco, images=share_of(coco, config.data_share, config.run.seed))
     return coco
 
 
@@ -85,7 +85,7 @@ def task_data(
         seed=config.run.seed if not held_out else 0,
         vocabulary=head.vocabulary if isinstance(head, CaptionHead) else None,
         captions_per_image=0 if held_out else data.captions_per_image,
-        permuted=data.permuted and not held_out,
+        permuted=config.permute_annotations and not held_out,
         on_bad_sample=data.on_bad_sample,
         bad_list=folder / BAD_LIST,
         cache=data.cache_pictures,
@@ -115,7 +115,7 @@ def open_heads(config: VisftConfig, encoder: VisionEncoder) -> tuple[dict[str, H
     """Read the heads of stage 2, and the canvas of each: that of the settings, else that it was trained on, else the encoder's size.
 
     Raises:
-        ConfigError: Two heads have one task.
+        ConfigError: Two heads have one task, or a task that is asked for has none.
         DataError: A head is for another encoder.
     """
     heads: dict[str, Head] = {}
@@ -123,6 +123,8 @@ def open_heads(config: VisftConfig, encoder: VisionEncoder) -> tuple[dict[str, H
     digest = weights_hash(encoder)
     for folder in config.heads:
         about = read_head_file(folder)
+        if config.tasks and about["task"] not in config.tasks:
+            continue
         head = load_head(folder, width=encoder.width)
         if head.task in heads:
             raise ConfigError(f"--heads names two {head.task} heads, the second is {folder}; one for each task is right")
@@ -133,6 +135,8 @@ def open_heads(config: VisftConfig, encoder: VisionEncoder) -> tuple[dict[str, H
             )
         heads[head.task] = head
         canvases[head.task] = config.of(head.task).canvas or int(about.get("canvas", 0)) or encoder.spec.size
+    if missing := [task for task in config.tasks if task not in heads]:
+        raise ConfigError(f"--tasks names {missing[0]}, and none of --heads {','.join(config.heads)} is a head for it")
     return heads, canvases
 
 

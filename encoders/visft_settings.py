@@ -44,7 +44,6 @@ class DataConfig:
     held_out_captions: str = field(default="", metadata={"help": "their captions JSON"})
     held_out_limit: int = field(default=0, metadata={"help": "take the first held-out images only; 0 takes all"})
     held_out_batch: int = field(default=15, metadata={"help": "images of a held-out batch"})
-    share: float = field(default=1.0, metadata={"help": "of the training images that is used, chosen by the seed"})
     views: int = field(
         default=0,
         metadata={"help": "stage 1: lay each picture out in so many ways only, so that features can be cached; 0 is anew each epoch"},
@@ -56,18 +55,13 @@ class DataConfig:
         default="computed", metadata={"help": "of cached features; float16 takes half the disk of fp32, and is not exact"}
     )
     rebuild_cache: bool = field(default=False, metadata={"help": "throw away what feature_cache holds, and begin again", "free": True})
-    permuted: bool = field(
-        default=False, metadata={"help": "the control: every training image shows another's picture; its annotations say nothing of it"}
-    )
     min_count: int = field(default=5, metadata={"help": "stage 1: rarer words of the captions become <unk>"})
     captions_per_image: int = field(default=1, metadata={"help": "captions of an image in a step, drawn anew; 0 takes all"})
     cache_pictures: bool = field(default=False, metadata={"help": "keep decoded pictures in memory: for small sets"})
     on_bad_sample: Literal["error", "skip"] = field(default="error", metadata={"help": "skip counts and lists them instead"})
 
     def validate(self) -> None:
-        """Refuse shares and numbers that are none."""
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"data.share is {self.share}; a share above 0 and up to 1 is right")
+        """Refuse numbers that mean nothing."""
         for name, least in {"views": 0, "held_out_limit": 0, "held_out_batch": 1, "captions_per_image": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; at least {least} is right")
@@ -95,6 +89,11 @@ class VisftConfig:
     encoder: str = field(default="mini-clip", metadata={"help": "a name, or a folder"})
     heads: list[str] = field(default_factory=list, metadata={"help": "stage lora: head folders of stage 1 (RUN/head), one for each task"})
     head: dict[str, Any] = field(default_factory=dict, metadata={"help": "stage heads: sizes of the head that differ from the paper's"})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "stage lora: use the heads of these tasks only; empty uses all"})
+    data_share: float = field(default=1.0, metadata={"help": "share of the training images that is used, chosen by the seed"})
+    permute_annotations: bool = field(
+        default=False, metadata={"help": "the control: every training image shows another's picture; its annotations say nothing of it"}
+    )
     lr: float = field(default=5e-5, metadata={"help": "peak learning rate"})
     warmup: float = field(default=2000, metadata={"help": "steps, or share of schedule_steps if below 1"})
     schedule_steps: int = field(default=0, metadata={"help": "length of the cosine; 0 is run.steps. The paper stops at 5k of 100k"})
@@ -128,6 +127,10 @@ class VisftConfig:
             find("task", HEADS, self.task)
         elif not self.heads:
             raise ConfigError("--stage lora needs the heads of stage 1: --heads RUN1/head,RUN2/head,RUN3/head")
+        for task in self.tasks:
+            find("task", HEADS, task)
+        if not 0 < self.data_share <= 1:
+            raise ConfigError(f"data_share is {self.data_share}; a share above 0 and up to 1 is right")
         if self.data.feature_cache and self.stage == "lora":
             raise ConfigError("data.feature_cache is for stage heads: in stage lora the encoder changes with every step")
         for name in TASKS:

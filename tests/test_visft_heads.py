@@ -156,13 +156,13 @@ def test_a_resumed_run_repeats_its_losses(world: Path, tmp_path: Path) -> None:
 
 def test_the_control_shows_other_pictures_in_training_alone(world: Path, tmp_path: Path) -> None:
     true = main(head_flags(world, "detection", tmp_path / "true", steps=2))
-    permuted = main(head_flags(world, "detection", tmp_path / "permuted", "--data.permuted", steps=2))
+    permuted = main(head_flags(world, "detection", tmp_path / "permuted", "--permute_annotations", steps=2))
     assert rows(permuted, "held_out.jsonl")[0] == rows(true, "held_out.jsonl")[0]  # before the first step
     assert rows(permuted)[0]["loss"] != rows(true)[0]["loss"]
 
 
 def test_a_share_of_the_data_is_part_of_a_larger_one(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(head_flags(world, "caption", tmp_path / "run", "--data.share", "0.5", steps=1))
+    main(head_flags(world, "caption", tmp_path / "run", "--data_share", "0.5", steps=1))
     assert "8 images, 0 objects, 8 captions" in capsys.readouterr().out
 
 
@@ -178,7 +178,7 @@ def test_a_share_of_the_data_is_part_of_a_larger_one(world: Path, tmp_path: Path
         (["--task", "detection", "--detection.canvas", "50"], "50 px is no whole number of patches of 8 px"),
         (["--task", "detection", "--head.width", "3"], "head.width is taken from the encoder and the data"),
         (["--task", "detection", "--head.querys", "3"], "DetectionConfig has no querys"),
-        (["--task", "detection", "--data.share", "1.5"], "data.share is 1.5"),
+        (["--task", "detection", "--data_share", "1.5"], "data_share is 1.5"),
         (["--stage", "lora", "--task", "detection"], "needs the heads of stage 1"),
     ],
 )

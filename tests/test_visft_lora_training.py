@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -226,15 +228,48 @@ def test_checkpointing_changes_no_loss(world: Path, tmp_path: Path) -> None:
 
 def test_permuted_annotations_teach_what_held_out_pictures_contradict(world: Path, tmp_path: Path) -> None:
     true = rows(main(flags(world, tmp_path / "true", steps=4)), "held_out.jsonl")
-    permuted = rows(main(flags(world, tmp_path / "permuted", "--data.permuted", steps=4)), "held_out.jsonl")
+    permuted = rows(main(flags(world, tmp_path / "permuted", "--permute_annotations", steps=4)), "held_out.jsonl")
     assert permuted[:3] == true[:3]
     assert permuted[3:] != true[3:]
+
+
+def test_a_task_can_be_left_out(world: Path, tmp_path: Path) -> None:
+    folder = main(flags(world, tmp_path / "run", "--tasks", "caption,detection", steps=8))
+    assert {row["task"] for row in rows(folder, "held_out.jsonl")} == {"caption", "detection"}
+    assert not any(key.startswith("segmentation") for row in rows(folder) for key in row)
 
 
 def test_heads_can_be_trained_along(world: Path, tmp_path: Path) -> None:
     folder = main(flags(world, tmp_path / "run", "--head_lr", "0.1", steps=6))
     state = load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "trainable.safetensors")
     assert any(name.startswith("heads.") for name in state)
+
+
+@pytest.mark.slow  # two processes import torch and transformers: 30 s on a busy machine, 2 of them training
+def test_two_processes_equal_one(world: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int) -> None:
+    one, two = ["--run.micro_batch_size", "4"], ["--run.micro_batch_size", "2"]
+    cache = ["--segmentation.placer", "jitter", "--data.views", "2", "--data.feature_cache"]
+
+    def jobs(name: str, size: list[str]) -> list[list[str]]:
+        folder = tmp_path / name
+        return [
+            head_flags(world, "segmentation", folder / "head", *cache, str(folder / "features"), *size, steps=5),
+            head_flags(world, "caption", folder / "caption", *size, steps=5),
+            flags(world, folder / "lora", *size, steps=6),
+        ]
+
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs("two", two)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
+    command = [*launcher, str(Path(__file__).with_name("visft_ranks.py")), str(tmp_path / "jobs.json")]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for argv in jobs("one", one):
+        main(argv)
+    for name in ("head", "caption", "lora"):
+        for mine, theirs in zip(rows(tmp_path / "one" / name), rows(tmp_path / "two" / name), strict=True):
+            assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-6), (name, mine["step"])
+        held = [[row["loss"] for row in rows(tmp_path / ranks / name, "held_out.jsonl")] for ranks in ("one", "two")]
+        assert held[1] == pytest.approx(held[0], rel=1e-4)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------------------------
@@ -260,6 +295,8 @@ def test_heads_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None:
     assert about["task"] == "detection"
     with pytest.raises(DataError, match=r"the detection head knows 2 categories, .*only the second 9 \(blue\)"):
         main(flags(world, tmp_path / "run", "--data.instances", str(tmp_path / "more.json")))
+    with pytest.raises(ConfigError, match="--tasks names caption, and none of"):
+        main(lora_flags(world, heads(world)[:2], tmp_path / "run", "--tasks", "detection,caption"))
     with pytest.raises(ConfigError, match=r"run.steps is 0"):
         main([*flags(world, tmp_path / "run"), "--run.steps", "0", "--run.epochs", "1"])
     assert not (tmp_path / "run").exists()
