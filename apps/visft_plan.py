@@ -99,7 +99,7 @@ def _stage_two(config: VisftExperimentConfig, arm: str, seed: int, heads: list[P
     """LoRA under the heads, with an arm's annotations."""
     out = Path(config.out)
     work = work_of(out, arm, seed)
-    own = [*visft_flags(config.data_folder, heads), "--data.permuted", json.dumps(arm == PERMUTED)]
+    own = [*visft_flags(config.data_folder, heads), "--permute_annotations", json.dumps(arm == PERMUTED)]
     stage = training(
         f"stage 2, {arm} annotations, seed {seed}", "train visft", "encoders", "mini_visft_lora", own, work, seed, config.scale,
         (work / "encoder", encoder_of(out, arm, seed)),

@@ -55,8 +55,8 @@ def test_every_command_line_of_the_experiment_is_understood(tmp_path: Path, scal
     stages = plan(config)
     # data, words, heads; stage 2 of both arms; zero-shot once before and for each arm and seed; two probes for all three and each seed
     assert loads(stages) == 2 + 3 + 4 + (1 + 4) + 2 * 6
-    permuted = [stage for stage in stages if "--data.permuted" in stage.argv]
-    assert {stage.argv[stage.argv.index("--data.permuted") + 1] for stage in permuted} == {"true", "false"}
+    permuted = [stage for stage in stages if "--permute_annotations" in stage.argv]
+    assert {stage.argv[stage.argv.index("--permute_annotations") + 1] for stage in permuted} == {"true", "false"}
     for first, second in zip(permuted[::2], permuted[1::2], strict=True):  # the arms of a seed differ in nothing but what they are named by
         kept = [{word for word in stage.argv if word not in ("true", "false", str(stage.folder))} for stage in (first, second)]
         assert kept[0] == kept[1]
@@ -205,7 +205,7 @@ def test_every_row_and_evaluation_of_an_ablation_is_understood(path: Path, tmp_p
     kinds = {"train": VisftConfig, "zeroshot": EvalZeroshotConfig, "ocr": EvalOcrConfig, "goi": EvalGoiConfig}
     read = {(job.row, job.seed, job.name): load_config(kinds[job.name], job.argv, recipe_dir=RECIPES) for job in sweep.plan(config)}
     trained = {row: read[row, 0, "train"] for row in config.rows}
-    told_apart = {repr((one.lora, one.data.share, one.data.permuted, one.head_lr, one.heads)) for one in trained.values()}
+    told_apart = {repr((one.lora, one.data_share, one.permute_annotations, one.head_lr, one.tasks)) for one in trained.values()}
     assert len(told_apart) == len(config.rows)
     assert "permuted" in config.rows  # the control
     assert all(read[row, seed, "ocr"].seeds == [seed] for row in config.rows for seed in config.seeds)
