@@ -26,8 +26,8 @@ class ExperimentJournal(Journal):
     def __init__(self, config: VisftExperimentConfig) -> None:
         defaults = VisftExperimentConfig()
         self.out, self.path = Path(config.out), Path(config.out) / "experiment.json"
-        self.settings = {"scale": config.scale, "seeds": config.seeds, "data": config.data}
-        said = {name: spoken(getattr(config, name)) for name in ("out", "seeds", "scale", "data")}
+        self.settings = {"scale": config.scale, "seeds": config.seeds, "steps": config.steps, "data": config.data}
+        said = {name: spoken(getattr(config, name)) for name in ("out", "seeds", "scale", "steps", "data")}
         flags = [word for name, value in said.items() if value != spoken(getattr(defaults, name)) for word in (f"--{name}", value)]
         self.command = shlex.join(["mmkit", "experiment", "visft", *flags])
         self.stages = {}

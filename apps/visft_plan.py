@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apps.quickstart_plan import SCENE_DRAWINGS, Stage, training, visft_flags, visft_heads
@@ -10,7 +10,7 @@ from mmkit.errors import ConfigError
 
 BEFORE, TRUE, PERMUTED = "before", "true", "permuted"
 ARMS = (TRUE, PERMUTED)
-LOOKS = 6  # held-out losses along a stage 2, the start and the end included
+LOOKS = 4  # held-out losses along a stage 2, the start and the end included
 EVALUATIONS = ("mini_zeroshot", "mini_ocr", "goi_image", "goi_box")
 PROBE_IMAGES = 2000  # training items of an object probe: enough for a linear layer of this width
 
@@ -22,6 +22,7 @@ class VisftExperimentConfig:
     out: str = field(default="runs/visft", metadata={"help": "folder for everything; an unfinished one is gone on with"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of stage 2, of its permuted control and of the probes"})
     scale: float = field(default=1.0, metadata={"help": "factor on pictures drawn and steps trained"})
+    steps: int = field(default=240, metadata={"help": "of each stage 2, before the scale; there are two for every seed"})
     data: str = field(default="", metadata={"help": "an embedded data set that is there (mmkit data mini); none is drawn then"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
 
@@ -33,6 +34,8 @@ class VisftExperimentConfig:
         """
         if not self.scale > 0:
             raise ConfigError(f"--scale is {self.scale}; above 0 is right: 1 for the full job, 0.02 for a trial of minutes")
+        if self.steps < 1:
+            raise ConfigError(f"--steps is {self.steps}; at least 1 is right")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"--seeds {self.seeds}: at least one, each once, is right")
         if self.data and not (Path(self.data) / "manifest.json").is_file():
@@ -99,14 +102,14 @@ def _stage_two(config: VisftExperimentConfig, arm: str, seed: int, heads: list[P
     """LoRA under the heads, with an arm's annotations."""
     out = Path(config.out)
     work = work_of(out, arm, seed)
-    own = [*visft_flags(config.data_folder, heads), "--permute_annotations", json.dumps(arm == PERMUTED)]
+    steps = max(4, round(config.steps * config.scale))
+    own = [*visft_flags(config.data_folder, heads), "--permute_annotations", json.dumps(arm == PERMUTED), "--run.steps", str(steps)]
+    own += ["--run.save_every", str(max(2, steps // 4))]
     stage = training(
-        f"stage 2, {arm} annotations, seed {seed}", "train visft", "encoders", "mini_visft_lora", own, work, seed, config.scale,
+        f"stage 2, {arm} annotations, seed {seed}", "train visft", "encoders", "mini_visft_lora", own, work, seed, 1.0,
         (work / "encoder", encoder_of(out, arm, seed)),
     )  # fmt: skip
-    steps = int(stage.argv[stage.argv.index("--run.steps") + 1]) if "--run.steps" in stage.argv else 600
-    looks = ("--eval_every", str(max(1, steps // (LOOKS - 1))))
-    return Stage(**{**vars(stage), "argv": (*stage.argv, *looks)})
+    return replace(stage, argv=(*stage.argv, "--eval_every", str(max(1, steps // (LOOKS - 1)))))
 
 
 def _evaluations(config: VisftExperimentConfig, arm: str, seed: int) -> list[Stage]:

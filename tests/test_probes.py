@@ -329,6 +329,22 @@ def test_a_region_says_more_than_the_whole_picture(folder: str, tmp_path: Path) 
     ]  # fmt: skip
 
 
+def test_names_that_training_never_says_are_left_out_counted_or_refused(tmp_path: Path) -> None:
+    data = coco_set(tmp_path / "coco")
+    content = json.loads((data / "instances_train.json").read_text())
+
+    def task(forgotten: set[int]) -> eval_goi.Task:
+        kept = [row for row in content["annotations"] if row["category_id"] not in forgotten]
+        (data / "instances_train.json").write_text(json.dumps({**content, "annotations": kept}))
+        return eval_goi.read_task(eval_goi.EvalGoiConfig(encoder="e", out="o", data=str(data), images=str(data / "images")))
+
+    found = task({21})
+    assert 0 < found.unknown == 20 - len(found.test)
+    assert {found.test.labels[name] for name in found.test.names} == {"cat", "dog"}
+    with pytest.raises(DataError, match="there is nothing to tell apart"):
+        task({11, 21})
+
+
 def test_m3it_rows_give_label_region_and_picture(tmp_path: Path) -> None:
     picture = np.zeros((10, 20, 3), dtype=np.uint8)
     picture[2:6, 5:15] = 255
