@@ -189,8 +189,10 @@ def verdict(name: str, scores: Mapping[str, Scores]) -> dict[str, Any]:
     (true, by_true), (control, by_control) = gain(scores[BEFORE], scores[TRUE]), gain(scores[BEFORE], scores[PERMUTED])
     beyond, _ = gain(scores[PERMUTED], scores[TRUE])
     what = TITLES[name]
-    if true.low > 0 and beyond.low > 0:
+    if true.low > 0 and beyond.low > 0 and min(by_true) > 0:
         headline, good = f"ViSFT gains on {what}, beyond its control", True
+    elif true.low > 0 and beyond.low > 0:
+        headline, good = f"A gain on {what}, beyond its control, but not with every seed: no claim", None
     elif true.low > 0:
         headline, good = f"No gain on {what}: {RULE}", False
     elif true.high < 0:

@@ -15,6 +15,7 @@ Source: Supervised Fine-tuning in turn Improves Visual Foundation Models (ViSFT)
 stage 2 (theirs drop out), CLS stays and pictures are normalised as the tower's were; three flags bring theirs back.
 """
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from encoders.heads.base import Head, StepCounts, Terms
 from encoders.heads.registry import save_head
 from encoders.lora import LoraSettings, add_lora
 from encoders.modeling import VisionEncoder
+from encoders.text_folder import IN_THIS_FOLDER, TEXT_FOLDER
 from encoders.visft_features import FeatureMaps, TaskData, fill
 from encoders.visft_held_out import HeldOut
 from encoders.visft_mixture import TaskCounts, TaskMixture, collate_items, collate_units
@@ -269,8 +271,13 @@ def export(config: VisftConfig, run: Run, adapter: Any) -> None:
         "lora_rank": config.lora.rank,
         "lora_alpha": config.lora.alpha,
     }
+    own_text = Path(config.encoder) / TEXT_FOLDER  # zero-shot before and after: the text side comes along
+    if own_text.is_dir():
+        encoder.config.text_tower = IN_THIS_FOLDER
     with atomic_folder(run.folder / "encoder", overwrite=True) as folder:
         encoder.save_pretrained(str(folder))
+        if own_text.is_dir():
+            shutil.copytree(own_text, folder / TEXT_FOLDER)
         encoder.spec.image_processor().save_pretrained(str(folder))
 
 

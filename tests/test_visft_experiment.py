@@ -117,6 +117,14 @@ def test_a_gain_that_the_control_shows_too_is_no_gain(true: float, permuted: flo
     assert f"true annotations {100 * (true - 0.5):+.2f}" in found["evidence"]
 
 
+def test_a_gain_that_one_seed_does_not_show_is_no_claim() -> None:
+    mixed = scores(0.7)
+    mixed.values[2] = scores(0.4).values[2]
+    found = verdict("goi_box", {BEFORE: scores(0.5), TRUE: mixed, PERMUTED: scores(0.5)})
+    assert found["good"] is None
+    assert "not with every seed" in found["headline"]
+
+
 def finished(out: Path, seeds: tuple[int, ...]) -> None:
     """An experiment as its stages leave it: true arms fall and score, permuted ones do not."""
 
