@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from mmkit.minidata.build import MiniDataConfig
 from mmkit.minidata.word_crops import WordCropsConfig
 
 RECIPES = Path(sweep.ROOT) / "encoders" / "recipes"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "data mini": MiniDataConfig,
     "train visft": VisftConfig,
     "eval zeroshot": EvalZeroshotConfig,
@@ -210,8 +211,10 @@ def test_all_four_ablations_are_found() -> None:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_row_and_evaluation_of_an_ablation_is_understood(path: Path, tmp_path: Path) -> None:
     config = load_config(sweep.SweepConfig, ["--sweep", str(path), "--out", str(tmp_path)], recipe_dir=path.parent, recipe_flag="sweep")
-    kinds = {"train": VisftConfig, "zeroshot": EvalZeroshotConfig, "ocr": EvalOcrConfig, "goi": EvalGoiConfig}
-    read = {(job.row, job.seed, job.name): load_config(kinds[job.name], job.argv, recipe_dir=RECIPES) for job in sweep.plan(config)}
+    kinds: dict[str, Any] = {"train": VisftConfig, "zeroshot": EvalZeroshotConfig, "ocr": EvalOcrConfig, "goi": EvalGoiConfig}
+    read: dict[tuple[str, int, str], Any] = {
+        (job.row, job.seed, job.name): load_config(kinds[job.name], job.argv, recipe_dir=RECIPES) for job in sweep.plan(config)
+    }
     trained = {row: read[row, 0, "train"] for row in config.rows}
     told_apart = {repr((one.lora, one.data_share, one.permute_annotations, one.head_lr, one.tasks)) for one in trained.values()}
     assert len(told_apart) == len(config.rows)
