@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from encoders.catalog import describe, load_encoder
 from encoders.heads.base import Head, StepCounts, Terms
 from encoders.heads.registry import save_head
-from encoders.lora import LoraSettings, add_lora
+from encoders.lora import LoraAdapter, LoraSettings, add_lora
 from encoders.modeling import VisionEncoder
 from encoders.visft_features import FeatureMaps, TaskData, fill
 from encoders.visft_held_out import HeldOut
@@ -231,7 +231,7 @@ def train_lora(config: VisftConfig) -> Path:
             if due(run, config):
                 look(f"step {run.step + 1}", run.step + 1)
             if config.lora.save_every and (run.step + 1) % config.lora.save_every == 0 and run.is_main:
-                adapter.save(run.folder / "adapters" / f"step_{run.step + 1:08d}")
+                adapter.save(run.folder / "adapters" / f"step_{run.step + 1:08d}", step=run.step + 1, heads=config.heads)
 
     look(f"after {run.step} steps", run.step)
     if run.is_main:
@@ -252,7 +252,7 @@ def mix_tasks(config: VisftConfig, run: Run, data: Mapping[str, TaskData]) -> Ta
     )
 
 
-def optimizer_of(config: VisftConfig, adapter: Any, model: Tuned) -> torch.optim.Optimizer:
+def optimizer_of(config: VisftConfig, adapter: LoraAdapter, model: Tuned) -> torch.optim.Optimizer:
     """Give AdamW over A and B, and over the heads if they are to be trained along."""
     groups = [{"params": list(adapter.parameters()), "lr": config.lr, "weight_decay": config.weight_decay, "name": "LoRA"}]
     if config.head_lr:
@@ -266,9 +266,9 @@ def set_head(head: Head, config: VisftConfig) -> None:
     head.train(config.heads_awake)
 
 
-def export(config: VisftConfig, run: Run, adapter: Any) -> None:
+def export(config: VisftConfig, run: Run, adapter: LoraAdapter) -> None:
     """Write RUN/adapter, and RUN/encoder: the source with the adapter merged in, in the source's own types, whatever was trained in."""
-    adapter.save(run.folder / "adapter")
+    adapter.save(run.folder / "adapter", step=run.step, heads=config.heads)
     encoder = load_encoder(config.encoder)
     copy = add_lora(encoder, lora_settings(config), seed=config.run.seed)
     copy.load(adapter.state())
