@@ -30,13 +30,24 @@ from torch import Tensor, nn
 from encoders.catalog import describe, load_encoder
 from encoders.heads.base import Head, StepCounts, Terms
 from encoders.heads.registry import save_head
-from encoders.lora import LoraSettings, add_lora
+from encoders.lora import LoraAdapter, LoraSettings, add_lora
 from encoders.modeling import VisionEncoder
 from encoders.text_folder import IN_THIS_FOLDER, TEXT_FOLDER
 from encoders.visft_features import FeatureMaps, TaskData, fill
 from encoders.visft_held_out import HeldOut
 from encoders.visft_mixture import TaskCounts, TaskMixture, collate_items, collate_units
-from encoders.visft_parts import base_dtype, check_classes, feature_maps, left_out, new_head, open_encoder, open_heads, open_set, task_data
+from encoders.visft_parts import (
+    all_data,
+    base_dtype,
+    check_classes,
+    feature_maps,
+    left_out,
+    new_head,
+    open_encoder,
+    open_heads,
+    open_set,
+    task_data,
+)
 from encoders.visft_settings import VisftConfig
 from mmkit.checkpoint import atomic_folder
 from mmkit.config import cli_entry, load_config
@@ -183,35 +194,17 @@ def train_lora(config: VisftConfig) -> Path:
     encoder.to(base_dtype(config))
     adapter = add_lora(encoder, lora_settings(config), seed=config.run.seed)
     encoder.to(run.device)
-    found = {
-        held_out: {
-            task: task_data(config, task, sets[held_out], encoder, canvases[task], heads[task], held_out, run.folder) for task in tasks
-        }
-        for held_out in sets
-    }
+    found = {side: all_data(config, coco, encoder, canvases, heads, side, run.folder) for side, coco in sets.items()}
     held = HeldOut(found[True], config.data.held_out_batch, run.folder, run.rank, run.world_size)
     for head in heads.values():
         set_head(head.to(run.device), config)
     model = Tuned(encoder, heads, maps, {task for task in tasks if config.of(task).checkpointing})
     adapter.check(torch.randn(2, 3, encoder.spec.size, encoder.spec.size, device=run.device))
 
-    groups = [{"params": list(adapter.parameters()), "lr": config.lr, "weight_decay": config.weight_decay, "name": "LoRA"}]
-    if config.head_lr:
-        groups += param_groups(model.heads, config.lr * config.head_lr, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
     run.print("\n".join([sets[False].describe(), "held out: " + sets[True].describe(), "encoder: " + describe(encoder)]))
     run.print(trainable_table(model, {**heads, "encoder": encoder}, {"encoder": encoder.config.origin, **dict.fromkeys(tasks, "stage 1")}))
-    wrapped, optimizer = run.prepare(model, optimizer)
-    layout = run.layout
-    mixture = TaskMixture(
-        found[False],
-        {task: config.of(task).weight for task in tasks},
-        {task: config.of(task).images for task in tasks},
-        steps=config.run.steps,
-        chunk=layout.global_batch_size if config.mix == "step" else layout.micro * layout.ranks,
-        global_batch_size=layout.global_batch_size,
-        seed=config.run.seed,
-    )
+    wrapped, _ = run.prepare(model, optimizer_of(config, adapter, model))
+    mixture = mix_tasks(config, run, found[False])
     schedule(run, config, mixture)
     run.keep("held_out", held)
     held.begin(run.step)
@@ -233,21 +226,40 @@ def train_lora(config: VisftConfig) -> Path:
     for batch in run.batches(mixture, collate_units, weigh=one, look_ahead=counts):
         task = batch["task"]
         loss, terms = wrapped(task, batch["pixels"], batch["targets"], counts.of(task))
-        if config.divide_losses:
-            loss = loss / held.first[task]
-        named = {f"{task}/{name}": value for name, value in terms.items()}
-        run.backward(loss, **named)
-        run.log(**named, **{f"{task}/loss": loss})
+        named = {f"{task}/{name}": value for name, value in {**terms, "loss": loss}.items()}
+        run.backward(loss / held.first[task] if config.divide_losses else loss, **named)
+        run.log(**named)
         if run.updated:
             if due(run, config):
                 look(f"step {run.step + 1}", run.step + 1)
             if config.lora.save_every and (run.step + 1) % config.lora.save_every == 0 and run.is_main:
-                adapter.save(run.folder / "adapters" / f"step_{run.step + 1:08d}")
+                adapter.save(run.folder / "adapters" / f"step_{run.step + 1:08d}", step=run.step + 1, heads=config.heads)
 
     look(f"after {run.step} steps", run.step)
     if run.is_main:
         export(config, run, adapter)
     return finish(run, found[False])
+
+
+def mix_tasks(config: VisftConfig, run: Run, data: Mapping[str, TaskData]) -> TaskMixture:
+    """Let each step, or each micro-batch, have a task."""
+    return TaskMixture(
+        data,
+        {task: config.of(task).weight for task in data},
+        {task: config.of(task).images for task in data},
+        steps=config.run.steps,
+        chunk=run.layout.global_batch_size if config.mix == "step" else run.layout.micro * run.layout.ranks,
+        global_batch_size=run.layout.global_batch_size,
+        seed=config.run.seed,
+    )
+
+
+def optimizer_of(config: VisftConfig, adapter: LoraAdapter, model: Tuned) -> torch.optim.Optimizer:
+    """Give AdamW over A and B, and over the heads if they are to be trained along."""
+    groups = [{"params": list(adapter.parameters()), "lr": config.lr, "weight_decay": config.weight_decay, "name": "LoRA"}]
+    if config.head_lr:
+        groups += param_groups(model.heads, config.lr * config.head_lr, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def set_head(head: Head, config: VisftConfig) -> None:
@@ -256,14 +268,14 @@ def set_head(head: Head, config: VisftConfig) -> None:
     head.train(config.heads_awake)
 
 
-def export(config: VisftConfig, run: Run, adapter: Any) -> None:
+def export(config: VisftConfig, run: Run, adapter: LoraAdapter) -> None:
     """Write RUN/adapter, and RUN/encoder: the source with the adapter merged in, in the source's own types, whatever was trained in."""
-    adapter.save(run.folder / "adapter")
+    adapter.save(run.folder / "adapter", step=run.step, heads=config.heads)
     encoder = load_encoder(config.encoder)
     copy = add_lora(encoder, lora_settings(config), seed=config.run.seed)
     copy.load(adapter.state())
     copy.merge()
-    encoder.config.origin = f"ViSFT, {run.step} steps of {', '.join(config.heads)} on {config.encoder}"
+    encoder.config.origin = f"ViSFT, {run.step} steps on {config.encoder}"
     encoder.config.training = {
         **(encoder.config.training or {}),
         "objective": "visft",

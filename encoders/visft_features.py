@@ -138,7 +138,7 @@ def laid_out(network: Any, side: int, own: tuple[int, int], drop_cls: bool) -> I
     ]
     if drop_cls:
         changes += [(part, "num_prefix_tokens", 0) for part in network.modules() if hasattr(part, "num_prefix_tokens")]
-    rope = getattr(network, "rope", None)
+    rope: Any = getattr(network, "rope", None)
     if hasattr(rope, "update_feat_shape"):
         changes += [(rope, "feat_shape", rope.feat_shape), (rope, "pos_embed", rope.pos_embed)]  # restored; set by its own method
     before = [(part, name, getattr(part, name)) for part, name, _ in changes]

@@ -93,6 +93,19 @@ def task_data(
     return TaskData(found, 1 if held_out or placer not in RANDOM_PLACERS else data.views)
 
 
+def all_data(
+    config: VisftConfig,
+    coco: CocoSet,
+    encoder: VisionEncoder,
+    canvases: Mapping[str, int],
+    heads: Mapping[str, Head],
+    held_out: bool,
+    folder: Path,
+) -> dict[str, TaskData]:
+    """Lay out a set's pictures for each of several tasks; see `task_data`."""
+    return {task: task_data(config, task, coco, encoder, canvases[task], head, held_out, folder) for task, head in heads.items()}
+
+
 def new_head(config: VisftConfig, encoder: VisionEncoder, coco: CocoSet) -> Head:
     """Make the head of stage 1, with weights from the seed alone.
 

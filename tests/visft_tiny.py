@@ -1,6 +1,7 @@
 """A world for ViSFT trainings of seconds: pictures of coloured rectangles in COCO's format, a tiny encoder, tiny heads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,6 @@ def rows(folder: Path, file: str = "metrics.jsonl", without: tuple[str, ...] = (
 
 def copy_as_killed(run: Path, to: Path, after: int) -> Path:
     """Copy a finished run, and make the copy look as if it had been killed right after it saved a step."""
-    import shutil
-
     shutil.copytree(run, to)
     for checkpoint in (to / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > after:
