@@ -28,6 +28,9 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         "apps.quickstart:main", "from nothing to a report: data, encoders, LLaVA behind each, evaluation (about 20 minutes)"
     ),
+    "experiment visft": Command(
+        "apps.visft:main", "ViSFT on the embedded data: heads, LoRA, its permuted control, probes before and after, and a report"
+    ),
     "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
     "data check": Command(
@@ -37,6 +40,9 @@ COMMANDS: dict[str, Command] = {
     "train uta": Command("encoders.train_uta:main", "train an encoder on the tokens of a frozen CLIP teacher (unmasked token alignment)"),
     "train classifier": Command(
         "encoders.train_classifier:main", "fine-tune an encoder to classify (FT-CLIP), its last blocks, or a head alone"
+    ),
+    "train visft": Command(
+        "encoders.train_visft:main", "detection, segmentation and caption heads on a frozen encoder, then LoRA in it under the frozen heads"
     ),
     "train llava": Command(
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"
@@ -48,6 +54,10 @@ COMMANDS: dict[str, Command] = {
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
     "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),
     "eval classifier": Command("encoders.eval_classifier:main", "top-1 and top-5 of a fine-tuned classifier on any folder of its classes"),
+    "eval ocr": Command("encoders.eval_ocr:main", "read words off a frozen encoder's patch tokens: a small head, word accuracy per set"),
+    "eval goi": Command(
+        "encoders.eval_goi:main", "name the object of a region from a frozen encoder's CLS: a linear probe, top-1 and top-5"
+    ),
     "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
     "eval qformer-retrieval": Command("llm_stage.eval_retrieval:main", "retrieval with a Q-Former: by contrast, and re-ranked by matching"),
     "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),

@@ -2,6 +2,7 @@
 
     mmkit quickstart                        about twenty minutes on two cores, all of it in runs/quickstart
     mmkit quickstart --encoders clip        one encoder only; the other can follow later
+    mmkit quickstart --encoders clip,uta,visft
 
 Each stage is a script's own `main([...])`, with a recipe everybody can read and run alone. A stage is complete when the file that its
 script writes last is there; a training that was interrupted resumes from its checkpoint, an evaluation by question id.
@@ -25,7 +26,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from apps.quickstart_plan import ENCODERS, QuickstartConfig, Stage, plan
+from apps.quickstart_plan import DEFAULT_ENCODERS, QuickstartConfig, Stage, plan
 from mmkit.checkpoint import atomic_folder, atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, NameNotFound
@@ -54,7 +55,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     threads = set_threads(config.threads)
     quiet()
     console = Console()
-    overview(console, config, stages, threads)
+    overview(console, f"mmkit quickstart in {config.out} · scale {config.scale:g} · {threads} threads", stages)
+    run_all(console, stages, journal)
+    results(console, Path(config.out), config.encoders)
+    return Path(config.out)
+
+
+# ---- one stage ---------------------------------------------------------------------------------------------------------------------------
+
+
+def run_all(console: Console, stages: Sequence[Stage], journal: "Journal") -> None:
+    """Run the stages that are not complete, and the last one always."""
     start = time.monotonic()
     for number, stage in enumerate(stages, start=1):
         last = number == len(stages)
@@ -64,11 +75,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         console.rule(f"[bold]{number} of {len(stages)}[/bold] · {stage.name} · {elapsed} so far", align="left")
         run_stage(stage, journal, number, len(stages))
     console.rule(f"[bold]done[/bold] · {clock(time.monotonic() - start)} this time, {clock(journal.seconds)} in all", align="left")
-    results(console, Path(config.out), config.encoders)
-    return Path(config.out)
-
-
-# ---- one stage ---------------------------------------------------------------------------------------------------------------------------
 
 
 def export_encoder(argv: Sequence[str]) -> Path:
@@ -106,7 +112,7 @@ def run_stage(stage: Stage, journal: "Journal", number: int, total: int) -> None
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         error.add_note(
-            f"in stage {number} of {total} of the quickstart ({stage.name}); alone: {shlex.join(['mmkit', *stage.command.split(), *stage.argv])}"
+            f"in stage {number} of {total} of the job ({stage.name}); alone: {shlex.join(['mmkit', *stage.command.split(), *stage.argv])}"
         )
         print(f"stage {number} of {total} ({stage.name}) failed; the stages before it are kept", file=sys.stderr)
         raise
@@ -132,9 +138,9 @@ class Journal:
 
     def __init__(self, out: Path, config: QuickstartConfig) -> None:
         self.out, self.path = out, out / "quickstart.json"
-        self.settings = {"scale": config.scale, "seed": config.seed}
+        self.settings: dict[str, Any] = {"scale": config.scale, "seed": config.seed}
         flags = [] if str(out) == QuickstartConfig().out else ["--out", str(out)]
-        flags += [] if config.encoders == list(ENCODERS) else ["--encoders", ",".join(config.encoders)]
+        flags += [] if config.encoders == list(DEFAULT_ENCODERS) else ["--encoders", ",".join(config.encoders)]
         flags += [
             word for key, value in self.settings.items() if value != getattr(QuickstartConfig(), key) for word in (f"--{key}", str(value))
         ]
@@ -217,9 +223,9 @@ def quiet() -> None:
     disable_progress_bar()
 
 
-def overview(console: Console, config: QuickstartConfig, stages: Sequence[Stage], threads: int) -> None:
+def overview(console: Console, title: str, stages: Sequence[Stage]) -> None:
     """Print the list of stages and what of it is there already."""
-    table = Table(title=f"mmkit quickstart in {config.out} · scale {config.scale:g} · {threads} threads", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("", justify="right")
     table.add_column("stage")
     table.add_column("")

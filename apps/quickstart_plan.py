@@ -12,7 +12,13 @@ from mmkit.errors import ConfigError, find
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {"encoders": ROOT / "encoders" / "recipes", "llm_stage": ROOT / "llm_stage" / "recipes"}
-ENCODERS = {"clip": "the mini CLIP teacher, from the package", "uta": "a student of it, trained here without text (UTA)"}
+ENCODERS = {
+    "clip": "the mini CLIP teacher, from the package",
+    "uta": "a student of it, trained here without text (UTA)",
+    "visft": "the teacher with LoRA merged in, trained here under three frozen heads (ViSFT); some minutes more",
+}
+DEFAULT_ENCODERS = ("clip", "uta")
+VISFT_TASKS = ("detection", "segmentation", "caption")
 SCENE_DRAWINGS = 80  # of the 574: in twenty minutes a language model cannot learn to tell more things apart in scenes
 LEAST_STEPS = 4  # however small the scale: enough for a checkpoint in the middle
 
@@ -22,7 +28,9 @@ class QuickstartConfig:
     """Settings of `mmkit quickstart`."""
 
     out: str = field(default="runs/quickstart", metadata={"help": "folder for everything; an unfinished one is gone on with"})
-    encoders: list[str] = field(default_factory=lambda: list(ENCODERS), metadata={"help": "which to compare: clip, uta or both"})
+    encoders: list[str] = field(
+        default_factory=lambda: list(DEFAULT_ENCODERS), metadata={"help": "which to compare: clip, uta, visft, with commas"}
+    )
     scale: float = field(
         default=1.0, metadata={"help": "factor on pictures drawn and steps trained; 1 is about twenty minutes on two cores"}
     )
@@ -39,7 +47,7 @@ class QuickstartConfig:
         for name in self.encoders:
             find("quickstart encoder", ENCODERS, name)
         if not self.encoders or len(set(self.encoders)) != len(self.encoders):
-            raise ConfigError(f"--encoders is '{','.join(self.encoders)}'; right are clip, uta or clip,uta")
+            raise ConfigError(f"--encoders is '{','.join(self.encoders)}'; right are one or more of {', '.join(ENCODERS)}, each once")
         if not self.scale > 0:
             raise ConfigError(f"--scale is {self.scale}; above 0 is right: 1 for the full job, 0.02 for a trial of minutes")
 
@@ -104,7 +112,7 @@ def plan(config: QuickstartConfig) -> list[Stage]:
         )
     ]
     for name in config.encoders:
-        stages.append(_encoder_stage(name, out, config))
+        stages += _encoder_stages(name, out, config)
     for name in config.encoders:
         folder = out / "eval" / name / "mini_zeroshot"
         flags = (
@@ -126,24 +134,59 @@ def plan(config: QuickstartConfig) -> list[Stage]:
     return stages
 
 
-def _encoder_stage(name: str, out: Path, config: QuickstartConfig) -> Stage:
-    """Get one encoder folder: `clip` from the package, `uta` trained."""
+def _encoder_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
+    """Get one encoder folder: `clip` from the package, `uta` and `visft` trained."""
     folder = out / "encoders" / name
     if name == "clip":
-        return Stage(
-            "encoder: clip (the teacher)",
-            "quickstart",
-            "apps.quickstart:export_encoder",
-            ("mini-clip", str(folder)),
-            folder,
-            folder / "config.json",
-        )
+        flags = ("mini-clip", str(folder))
+        return [
+            Stage(
+                "encoder: clip (the teacher)", "quickstart", "apps.quickstart:export_encoder", flags, folder, folder / "config.json"
+            )
+        ]  # fmt: skip
+    if name == "visft":
+        heads, places = visft_heads(out / "data", out / "work", config.seed, config.scale)
+        own, work = visft_flags(out / "data", places), out / "work" / "visft"
+        title = "encoder: visft (clip with LoRA under the heads)"
+        return [
+            *heads,
+            training(title, "train visft", "encoders", "mini_visft_lora", own, work, config.seed, config.scale, (work / "encoder", folder)),
+        ]
     work = out / "work" / "uta"
     roots = [str(out / "data" / part / "train") for part in ("images", "classification")]
     own = ("--data.root", json.dumps(roots))
-    return _training(
-        "encoder: uta (a student of clip)", "train uta", "encoders", "mini_uta_quick", own, work, config, (work / "encoder", folder)
-    )
+    title = "encoder: uta (a student of clip)"
+    return [training(title, "train uta", "encoders", "mini_uta_quick", own, work, config.seed, config.scale, (work / "encoder", folder))]
+
+
+def visft_data(data: Path) -> dict[str, str]:
+    """The settings of a ViSFT training that name the embedded data."""
+    found = {}
+    for prefix, split in (("", "train"), ("held_out_", "val")):
+        found[f"data.{prefix}images"] = str(data / "images" / split)
+        for kind in ("instances", "captions"):
+            found[f"data.{prefix}{kind}"] = str(data / "coco" / f"{kind}_{split}.json")
+    return found
+
+
+def visft_heads(data: Path, work: Path, seed: int, scale: float) -> tuple[list[Stage], list[Path]]:
+    """Stage 1 of ViSFT: a head for each task on the frozen teacher; and where the heads will be."""
+    stages, places = [], []
+    for task in VISFT_TASKS:
+        kind = "captions" if task == "caption" else "instances"
+        named = {key: value for key, value in visft_data(data).items() if key.endswith(("images", kind))}
+        named["data.feature_cache"] = str(work / "visft_features")
+        folder = work / f"visft_{task}"
+        own = tuple(word for key, value in named.items() for word in (f"--{key}", value))
+        stages.append(training(f"ViSFT head: {task}", "train visft", "encoders", f"mini_visft_{task}", own, folder, seed, scale))
+        places.append(folder / "head")
+    return stages, places
+
+
+def visft_flags(data: Path, heads: Sequence[Path]) -> tuple[str, ...]:
+    """Stage 2 of ViSFT: its heads and its data."""
+    named = {"heads": json.dumps([str(place) for place in heads]), **visft_data(data)}
+    return tuple(word for key, value in named.items() for word in (f"--{key}", value))
 
 
 def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
@@ -151,10 +194,11 @@ def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]
     first, second = (out / "work" / f"llava_{name}_stage{stage}" for stage in (1, 2))
     texts, images = out / "data" / "llava", ("--data.images", str(out / "data" / "images"))
     own = ("--encoder", str(out / "encoders" / name), "--data.json", str(texts / "pretrain.json"), *images)
-    stages = [_training(f"LLaVA stage 1: {name}", "train llava", "llm_stage", "mini_stage1", own, first, config)]
+    stages = [training(f"LLaVA stage 1: {name}", "train llava", "llm_stage", "mini_stage1", own, first, config.seed, config.scale)]
     own = ("--pretrained", str(first / "model"), "--data.json", str(texts / "instruct.json"), *images)
     publish = (second / "model", out / "llava" / name)
-    return [*stages, _training(f"LLaVA stage 2: {name}", "train llava", "llm_stage", "mini_stage2", own, second, config, publish)]
+    title = f"LLaVA stage 2: {name}"
+    return [*stages, training(title, "train llava", "llm_stage", "mini_stage2", own, second, config.seed, config.scale, publish)]
 
 
 def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
@@ -174,21 +218,22 @@ def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
     return Stage(title, "eval vqa", "llm_stage.eval_vqa:main", tuple(flags), folder, folder / "summary.json")
 
 
-def _training(
+def training(
     name: str,
     command: str,
     package: str,
     recipe: str,
     own: Sequence[str],
     work: Path,
-    config: QuickstartConfig,
+    seed: int,
+    scale: float,
     publish: tuple[Path, Path] | None = None,
 ) -> Stage:
     """A stage that trains by a recipe of a package, with a share of the recipe's steps."""
     path = find_recipe(recipe, RECIPES[package])
-    flags = ["--recipe", recipe, *own, "--run.output_dir", str(work), "--run.seed", str(config.seed)]
-    if config.scale != 1:
-        steps = max(LEAST_STEPS, round(recipe_steps(path) * config.scale))
+    flags = ["--recipe", recipe, *own, "--run.output_dir", str(work), "--run.seed", str(seed)]
+    if scale != 1:
+        steps = max(LEAST_STEPS, round(recipe_steps(path) * scale))
         flags += ["--run.steps", str(steps), "--run.save_every", str(max(2, steps // 4))]
     target = f"{package}.train_{command.split()[1]}:main"
     return Stage(name, command, target, tuple(flags), work, work / "manifest.json", ("--run.resume",), path, publish)

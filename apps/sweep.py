@@ -50,6 +50,7 @@ class SweepConfig:
     metrics: list[str] = field(default_factory=list, metadata={"help": "columns, as in zeroshot.top1; none is all that summaries hold"})
     baseline: str = field(default="", metadata={"help": "the row that others are compared with, seed by seed"})
     data: str = field(default="", metadata={"help": "what {data} stands for"})
+    notes: list[str] = field(default_factory=list, metadata={"help": "what a reader of the table should know; printed below it"})
     launcher: str = field(default="", metadata={"help": "starts each training: 'torchrun --nproc_per_node 8'; none is this process"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
     out: str = field(default="", metadata={"help": "folder for runs/ROW/seed_N, eval/ROW/seed_N, sweep.md and sweep.json"})
@@ -144,10 +145,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     journal = Journal(config, jobs)
     set_threads(config.threads)
     quiet()
-    table = Table(named[-1] if named else "sweep", config.rows, config.seeds, config.baseline, config.metrics)
+    table = Table(named[-1] if named else "sweep", config.rows, config.seeds, config.baseline, config.metrics, config.notes)
     for name, entry in config.prepare.items():
         print(f"prepare: {name}", flush=True)
-        start(str(entry["script"]), flags_of({key: value for key, value in entry.items() if key != "script"}, {"data": config.data}))
+        start(
+            str(entry["script"]),
+            flags_of({key: value for key, value in entry.items() if key != "script"}, {"data": config.data, "out": config.out}),
+        )
     run_all(config, jobs, journal, table)
     for metric in config.metrics if table.values else []:
         find("metric in the summaries of this sweep", table.values, metric)

@@ -20,14 +20,22 @@ class Table:
         seeds: In order.
         baseline: The row to compare with; empty is none.
         metrics: Columns, as in "zeroshot.top1"; none is all that is read.
+        notes: What a reader should know; printed below.
 
     Attributes:
         failed: (row, seed, run) -> what went wrong.
     """
 
     def __init__(
-        self, name: str, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], baseline: str = "", metrics: Sequence[str] = ()
+        self,
+        name: str,
+        rows: Mapping[str, Mapping[str, Any]],
+        seeds: Sequence[int],
+        baseline: str = "",
+        metrics: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
+        self.notes = list(notes)
         self.name, self.rows, self.seeds, self.baseline, self.wanted = name, rows, list(seeds), baseline, list(metrics)
         self.values: dict[str, dict[str, dict[int, float]]] = {}
         self.failed: dict[tuple[str, int, str], str] = {}
@@ -81,6 +89,7 @@ class Table:
                     cells.append(cell(self.difference(metric, row), signed=True))
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "Mean ± standard deviation over seeds [95 % interval of the mean, Student's t]; differences are taken seed by seed."]
+        lines += [line for note in self.notes for line in ("", note)]
         lines += ["", "Failed:", "", self.failures()] if self.failed else []
         return "\n".join(lines) + "\n"
 
@@ -103,7 +112,14 @@ class Table:
                     }
             rows[row] = {"settings": dict(settings), "metrics": found}
         failed = [{"row": row, "seed": seed, "run": run, "error": problem} for (row, seed, run), problem in self.failed.items()]
-        return {"sweep": self.name, "seeds": self.seeds, "baseline": self.baseline or None, "rows": rows, "failed": failed}
+        return {
+            "sweep": self.name,
+            "seeds": self.seeds,
+            "baseline": self.baseline or None,
+            "notes": self.notes,
+            "rows": rows,
+            "failed": failed,
+        }
 
 
 def cell(value: OverSeeds | None, signed: bool = False) -> str:

@@ -2,6 +2,7 @@
 
     mmkit inspect runs/uta/encoder --images photos --text "a cat" "a red bus" --out runs/uta/maps
     mmkit inspect mini-clip --images scene.png --out runs/maps --layers all
+    mmkit inspect runs/visft/encoder --before mini-clip --images photos --out runs/visft/maps
 
 The folder holds one PNG a picture and kind, and maps.json, by which `mmkit report` finds them and puts them on its page.
 
@@ -25,7 +26,7 @@ from PIL import Image
 from encoders.catalog import describe, load_encoder
 from encoders.image_data import find_images
 from encoders.map_pictures import attention_sheet, text_sheet
-from encoders.maps import POOLING, attention_maps, text_maps
+from encoders.maps import POOLING, attention_figures, attention_maps, cls_patch_cosine, text_maps
 from encoders.modeling import VisionEncoder
 from encoders.text import TextTower, load_text_tower
 from mmkit.checkpoint import atomic_folder, atomic_write
@@ -48,11 +49,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     encoder = load_encoder(args.encoder).float()
     layers = chosen_layers(args.layers, len(encoder.network.blocks))
     tower = load_text_tower(args.text_tower or encoder.config.text_tower or "") if args.text else None
+    before = load_encoder(args.before).float() if args.before else None
     print(describe(encoder))
-    name = Path(args.encoder).parent.name if Path(args.encoder).name == "encoder" else Path(args.encoder).name
+    name = short_name(args.encoder)
     with atomic_folder(out, overwrite=args.overwrite) as folder:
         pictures = draw_maps(encoder, tower, paths, args.text, layers, name, folder)
-        content = {"encoder": name, "source": args.encoder, "texts": args.text, "pictures": pictures}
+        change: dict[str, Any] = {}
+        if before is not None:
+            sheets, change = draw_comparison(before, encoder, paths, (short_name(args.before), name), folder)
+            pictures = [*sheets, *pictures]
+        content: dict[str, Any] = {**change, "encoder": name, "source": args.encoder, "texts": args.text, "pictures": pictures}
         atomic_write(folder / MAPS_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         made = manifest(seconds=time.monotonic() - start, name="inspect", state="finished")
         atomic_write(folder / "manifest.json", json.dumps(made, indent=1) + "\n")
@@ -66,11 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", nargs="+", required=True, help="image files, or folders of them")
     parser.add_argument("--text", nargs="+", default=[], help="texts to look for, each in quotes")
     parser.add_argument("--out", required=True, help="folder to write; inside a run folder, `mmkit report` shows it")
+    parser.add_argument("--before", default="", help="another encoder of the same images: its last layer beside this one's, with figures")
     parser.add_argument("--layers", default="auto", help=f"auto: {AUTO_LAYERS} of them, the last one included; all; or numbers: 1,6,12")
     parser.add_argument("--limit", type=int, default=8, help="images at most; default 8")
     parser.add_argument("--text_tower", default="", help="mini-clip, openclip:MODEL/TAG or a folder; default: the one the encoder names")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return parser
+
+
+def short_name(source: str) -> str:
+    """What a sheet calls an encoder: the name of its run, or of its folder."""
+    return Path(source).parent.name if Path(source).name == "encoder" else Path(source).name
 
 
 def image_files(images: Sequence[str], limit: int) -> list[Path]:
@@ -128,6 +140,46 @@ def draw_maps(
             caption = f"Cosine of each patch with {', '.join(f'“{text}”' for text in texts)}, every map on a scale of its own"
             pictures.append(_save(sheet, folder / f"{stem}_text.png", "text", path, caption))
     return pictures
+
+
+def draw_comparison(
+    before: VisionEncoder, after: VisionEncoder, paths: Sequence[Path], names: tuple[str, str], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Draw the last layer's attention of two encoders, one above the other, and put figures to the difference.
+
+    Args:
+        before, after: With CLS.
+        paths: Pictures.
+        names: What the sheets call them.
+        folder: Where the sheets go.
+
+    Returns:
+        What maps.json says of each sheet, and the figures, means over the pictures: entropy and distance of the attention (see
+        `encoders.maps.attention_figures`), and the cosine of CLS with the patches.
+    """
+    labels = names if names[0] != names[1] else (f"{names[0]}, before", f"{names[1]}, after")
+    sheets: list[dict[str, Any]] = []
+    figures: dict[str, dict[str, list[float]]] = {label: {"entropy": [], "distance": [], "cls_patch_cosine": []} for label in labels}
+    for number, path in enumerate(paths):
+        seen, rows, words = after.spec.fit(open_image(path)), {}, []
+        for label, encoder in zip(labels, (before, after), strict=True):
+            images = encoder.spec.normalise(encoder.spec.fit(open_image(path))).unsqueeze(0)
+            rows[label] = list(attention_maps(encoder, images, [len(encoder.network.blocks)]).values())[-1][0]  # [A, h, w]
+            found = {key: float(value) for key, value in attention_figures(rows[label].mean(dim=0)).items()}
+            found["cls_patch_cosine"] = float(cls_patch_cosine(encoder, images)[0])
+            for key, value in found.items():
+                figures[label][key].append(value)
+            words.append(
+                f"{label}: entropy {found['entropy']:.3f}, distance {found['distance']:.2f} patches, cosine {found['cls_patch_cosine']:.3f}"
+            )
+        sheet = attention_sheet(seen, rows, f"{labels[0]} and {labels[1]}: attention of CLS in the last layer, {path.name}")
+        caption = f"Attention of CLS in the last layer, before and after, every map on a scale of its own. {'; '.join(words)}"
+        stem = f"{number + 1:02d}_{re.sub('[^A-Za-z0-9_-]+', '_', path.stem)[:40]}"
+        sheets.append(_save(sheet, folder / f"{stem}_before_after.png", "before and after", path, caption))
+    means = {label: {key: round(sum(values) / len(values), 5) for key, values in of.items()} for label, of in figures.items()}
+    for label, of in means.items():
+        print(f"{label}: " + ", ".join(f"{key} {value:.4f}" for key, value in of.items()) + f" (means over {len(paths)} images)")
+    return sheets, {"before_after": means, "images": len(paths)}
 
 
 def _save(sheet: Image.Image, path: Path, kind: str, image: Path, caption: str) -> dict[str, Any]:

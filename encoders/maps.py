@@ -3,6 +3,7 @@
 Letters as in modeling.py; L layers, A heads, T texts.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,3 +108,37 @@ def text_maps(encoder: VisionEncoder, images: Tensor, texts: Tensor) -> tuple[Te
     tokens = F.normalize(encoder.tokens(images).float(), dim=-1)  # [B, 1 + N, E]
     cosines = tokens @ F.normalize(texts.float(), dim=-1).T.to(tokens.device)  # [B, 1 + N, T]
     return cosines[:, 1:].transpose(1, 2).unflatten(-1, encoder.grid), cosines[:, 0]
+
+
+def attention_figures(shares: Tensor) -> dict[str, Tensor]:
+    """Put numbers to attention maps.
+
+    Args:
+        shares: Attention over the patches [..., h, w], not negative; what goes elsewhere is left out of account.
+
+    Returns:
+        [...] each: "entropy" from 0 (one patch) to 1 (all alike), and "distance", the mean distance of what is looked at from its own centre
+        of gravity, in patches.
+    """
+    weights = shares.flatten(-2) / shares.flatten(-2).sum(dim=-1, keepdim=True).clamp(min=1e-12)  # [..., N]
+    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=-1) / math.log(weights.shape[-1])
+    down, across = torch.meshgrid(torch.arange(shares.shape[-2]), torch.arange(shares.shape[-1]), indexing="ij")
+    places = torch.stack([down, across], dim=-1).flatten(0, 1).to(weights)  # [N, 2]
+    centre = weights @ places  # [..., 2]
+    apart = (places - centre.unsqueeze(-2)).norm(dim=-1)  # [..., N]
+    return {"entropy": entropy, "distance": (weights * apart).sum(dim=-1)}
+
+
+@torch.no_grad()
+def cls_patch_cosine(encoder: VisionEncoder, images: Tensor) -> Tensor:
+    """The mean cosine of an image's CLS token with its patch tokens, after the final norm [B].
+
+    Where it rises in training, patches give up what is theirs and repeat the image as a whole.
+
+    Raises:
+        ConfigError: The encoder has no CLS.
+    """
+    if not encoder.num_prefix_tokens:
+        raise ConfigError(f"'{encoder.config.origin}' has no CLS token to compare its patches with")
+    tokens = F.normalize(encoder(images).last_hidden_state.float(), dim=-1)  # [B, P + N, D]
+    return (tokens[:, encoder.num_prefix_tokens :] @ tokens[:, 0].unsqueeze(-1)).squeeze(-1).mean(dim=1)

@@ -275,7 +275,7 @@ def check_image_tokens(model: LlavaForConditionalGeneration, processor: LlavaPro
 
 
 def _without_graph(tower: nn.Module, config: LlavaConfig, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A frozen tower's forward; features [n, N, C] that it gave before (llm_stage/feature_cache.py) pass as if they came out of it."""
+    """A frozen tower's forward; features [n, N, C] that it gave before (mmkit/feature_cache.py) pass as if they came out of it."""
     if pixel_values.dim() == 3:
         dropped = 1 if config.vision_feature_select_strategy == "default" else 0  # LLaVA takes off the first token, which is not stored
         return BaseModelOutputWithPooling(hidden_states={config.vision_feature_layer: F.pad(pixel_values, (0, 0, dropped, 0))})

@@ -11,7 +11,6 @@ Letters: n images, N image tokens, C channels of the tower.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -24,12 +23,11 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from encoders.image_batches import batches
-from llm_stage.feature_cache import DTYPES, ENTRY, FeatureCache, FeatureKey, Stored, picture_digest
 from mmkit.errors import ConfigError, DataError
+from mmkit.feature_cache import DTYPES, FeatureCache, FeatureKey, Stored, picture_digest, say_size
 from mmkit.images import ImageError, ImageSpec
 from mmkit.snapshots import gather
 
-MARGIN = 0.95  # of the free disk: a full one would take the checkpoints with it
 # These say where weights came from; they change nothing that is computed.
 _UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
 
@@ -148,7 +146,7 @@ def cached_images(
     for name in sorted(digests):
         if digests[name] not in cache:
             absent.setdefault(digests[name], name)
-    _say_size(cache, len(set(digests.values())), len(absent), rank)
+    say_size(cache, len(set(digests.values())), len(absent), rank)
     gather(None)  # nobody writes before all have looked
     broken |= _fill(cache, compute, list(absent.values())[rank::ranks], digests, wanted, image_root, spec, batch_size, workers, rank)
     for found in gather(broken):
@@ -181,28 +179,6 @@ def _digests(mine: Sequence[str], wanted: Mapping[str, str], image_root: Path, r
         {name: value for name, value in merged.items() if isinstance(value, bytes)},
         {name: value for name, value in merged.items() if isinstance(value, str)},
     )
-
-
-def _say_size(cache: FeatureCache, pictures: int, absent: int, rank: int) -> None:
-    """State what is there, what will be written and what the disk has.
-
-    Raises:
-        ConfigError: It has no room.
-    """
-    needed = absent * (cache.key.record_bytes + ENTRY.size)
-    free = shutil.disk_usage(cache.folder).free
-    if rank == 0:
-        print(
-            f"feature cache {cache.folder}: {pictures - absent:,} of {pictures:,} pictures are there; {absent:,} to compute, "
-            f"{needed / 1e9:,.2f} GB ({cache.key.tokens} x {cache.key.width} {cache.key.stored} each), {free / 1e9:,.0f} GB free",
-            flush=True,
-        )
-    if needed > MARGIN * free:
-        smaller = " --data.feature_dtype float16 halves it;" if cache.key.stored == "float32" else ""
-        raise ConfigError(
-            f"the feature cache {cache.folder} would take {needed / 1e9:,.2f} GB more ({absent:,} pictures of {cache.key.record_bytes:,} "
-            f"bytes), and {free / 1e9:,.2f} GB are free there.{smaller} name another folder with --data.feature_cache, or leave it out"
-        )
 
 
 def _fill(

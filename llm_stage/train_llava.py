@@ -27,7 +27,6 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from encoders.vision_towers import at_size, load_tower
 from llm_stage.chat_format import ChatFormat
 from llm_stage.conversations import ConversationDataset, check, collate
-from llm_stage.feature_cache import check_cache
 from llm_stage.llava import build_llava, set_stage, supervised_loss, tower_geometry, with_dummy_row, with_resize
 from llm_stage.llava_folder import LlavaCard, load_llava, load_projector, read_card, save_adapter, save_llava, save_projector
 from llm_stage.llava_settings import DTYPES, LlavaSettings
@@ -40,6 +39,7 @@ from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images,
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.feature_cache import check_cache
 from mmkit.images import ImageError
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run

@@ -51,11 +51,16 @@ TITLES = {
     "cifar100": "CIFAR-100",
     "gtsrb": "GTSRB",
     "caltech101": "Caltech-101",
+    "ocr": "Words read (OCR probe)",
+    "mini_ocr": "Words read (OCR probe)",
+    "goi_image": "Object named from the whole picture (probe)",
+    "goi_box": "Object named from its region (probe)",
     "coco_retrieval": "COCO retrieval",
     "flickr30k_retrieval": "Flickr30k retrieval",
 }
 METRICS = {
     "vqa_accuracy": "VQA accuracy",
+    "word_accuracy": "words right",
     "top1": "top-1",
     "top5": "top-5",
     **{f"{way}_retrieval_recall@{k}": f"{way} R@{k}" for way in ("text", "image") for k in (1, 5, 10)},
@@ -118,6 +123,7 @@ def build(data: RunData, title: str = "") -> tuple[dict[str, Any], dict[str, str
         "runs": [root.name for root in data.roots],
         "encoders": data.encoders,
         "benchmarks": data.benchmarks,
+        "remarks": data.remarks,
         "results": report_compare.results(data),
         "comparisons": report_compare.comparisons(data),
         "controls": report_compare.controls(data),
@@ -148,8 +154,8 @@ def shown_maps(data: RunData, pictures: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """The sentences at the top: comparisons, then controls."""
-    return [row["sentence"] for row in (*report["comparisons"], *report["controls"])]
+    """The sentences at the top: an experiment's own, then comparisons, then controls."""
+    return [row["sentence"] for row in (*report["remarks"], *report["comparisons"], *report["controls"])]
 
 
 def flat(card: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

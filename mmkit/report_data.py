@@ -2,7 +2,7 @@
 
 Known by their files, not by their place: a `summary.json` is an evaluation (its encoder is the folder above it), a `metrics.jsonl` a
 training, a `manifest.json` says what made its folder, a `config.json` with an `image_spec` is an encoder, a `maps.json` lists pictures of
-what an encoder looks at.
+what an encoder looks at, a `findings.json` holds an experiment's own sentences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmkit.records import read_jsonl
 CONTROL_SUFFIX = "_shuffled"
 BASELINE = "most_frequent_answer"
 MAIN_METRICS = ("vqa_accuracy", "top1")  # the first that a summary has is its headline; else its first metric
-_SKIP = {"checkpoints", "images", "classification", ".git", ".venv", "node_modules"}
+_SKIP = {"checkpoints", "probe_heads", "images", "classification", ".git", ".venv", "node_modules"}
 _NO_CURVE = {"step", "samples_seen", "seconds", "lr", "epoch", "grad_norm", "missing"}
 
 
@@ -83,6 +83,7 @@ class RunData:
     trainings: list[Training] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
     maps: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -125,6 +126,8 @@ def read_runs(roots: Sequence[Path]) -> RunData:
                 data.manifests.append(_manifest(path, root, f"{prefix}{path.parent.relative_to(root).as_posix()}"))
             elif path.name == "config.json":
                 _add_card(data, path, prefix)
+            elif path.name == "findings.json":
+                _add_remarks(data, path)
             elif path.name == "maps.json":
                 _add_maps(data, path, f"{prefix}{path.parent.relative_to(root).as_posix()}")
     if not data.evaluations and not data.trainings and not data.maps:
@@ -266,6 +269,13 @@ def _add_maps(data: RunData, path: Path, folder: str) -> None:
     for row in rows:
         file = path.parent / Path(str(row["file"])).name  # beside its list, whatever it says
         data.maps.append({**row, "encoder": str(content.get("encoder", "")), "folder": folder, "file": file})
+
+
+def _add_remarks(data: RunData, path: Path) -> None:
+    rows = _json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"headline", "evidence"} <= set(row) for row in rows):
+        raise DataError(f"{path} is no list of findings: each with headline, evidence and good (true, false or null) was expected")
+    data.remarks += [{"good": None, **row, "sentence": f"{row['headline']}: {row['evidence']}".rstrip(".") + "."} for row in rows]
 
 
 def _manifest(path: Path, root: Path, folder: str) -> dict[str, Any]:

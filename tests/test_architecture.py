@@ -37,7 +37,9 @@ LLAVA_RECIPES = {
 EXPECTED_RECIPES = {
     "encoders": UTA_RECIPES
     | {"contrastive_uta_b16", "contrastive_uta_g14", "contrastive_uta_l14", "mini_clip", "mini_contrastive_uta"}
-    | {"ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336", "mini_ftclip"},
+    | {"ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336", "mini_ftclip"}
+    | {f"{prefix}visft_{part}" for prefix in ("", "mini_") for part in ("detection", "segmentation", "caption")}
+    | {"mini_visft_lora", "visft_lora_e", "visft_lora_g"},
     "llm_stage": LLAVA_RECIPES
     | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"}
     | {"mini_qformer", "qformer_stage1", "qformer_calibrate"},

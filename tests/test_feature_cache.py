@@ -13,10 +13,11 @@ import pytest
 import torch
 from llava_tiny import picture, tiny_tower, write_data, write_parts
 
-from llm_stage import feature_cache, tower_features, train_llava
-from llm_stage.feature_cache import ENTRY, HEAD, FeatureCache, FeatureKey, picture_digest
+from llm_stage import tower_features, train_llava
 from llm_stage.train_llava import main
+from mmkit import feature_cache
 from mmkit.errors import ConfigError, DataError
+from mmkit.feature_cache import ENTRY, HEAD, FeatureCache, FeatureKey, picture_digest
 
 ROOT = Path(__file__).parents[1]
 KEY = FeatureKey("hash", {"depth": 2}, {"size": 32}, -2, "default", "float32 plain", 4, 6, "float32", "float32")
@@ -280,7 +281,7 @@ def test_a_damaged_cache_stops_a_training_before_its_folder_is_made(world, tmp_p
 
 
 def test_a_disk_without_room_is_refused_with_both_sizes(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tower_features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 30_000})())
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 30_000})())
     with pytest.raises(ConfigError, match=r"would take 0.00 GB more \(18 pictures of 2,048 bytes\), and 0.00 GB are free"):
         main(arguments(world, tmp_path / "run", "--feature_cache", tmp_path / "features"))
     assert "0 of 18 pictures are there; 18 to compute" in capsys.readouterr().out

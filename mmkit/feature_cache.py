@@ -1,4 +1,4 @@
-"""Features of the frozen vision tower on disk: a picture seen before costs one read instead of a decode and a forward pass.
+"""Features of a frozen encoder on disk: a picture seen before costs one read instead of a decode and a forward pass.
 
     DIR/KEY/cache.json           what the features are of
     DIR/KEY/SHARD.features       a head of 64 bytes, then records of one size: features [N, C] of one picture each
@@ -9,10 +9,9 @@ changed there is nothing to be found. A record is found by the bytes of the pict
 under other names hit. Each process appends to shards of its own, the record first and its index entry second: several may fill one cache at
 once, and one that is killed leaves a cache that is whole. A damaged or foreign file is an error that names it.
 
-The features are those before the projector, without the tokens that LLaVA drops; in the type the tower computes, or as float16 (half the
-disk of float32, and no longer the same bits). They are what the tower gives for the plain picture: augmentation and a cache exclude each other.
-
-`llm_stage/tower_features.py` fills it.
+They are in the type the encoder computes, or as float16 (half the disk of float32, and no longer the same bits). What LLaVA's training
+needs, `llm_stage/tower_features.py` fills in: the tokens of the plain picture. What ViSFT's heads need, `encoders/visft_features.py` does:
+feature maps of pictures laid out in one of a few ways; the way is then part of what a record is found by.
 
 Letters: n images, N image tokens, C channels of the tower.
 """
@@ -44,6 +43,7 @@ HEAD = struct.Struct("<16s32s16x")  # what it is, of which key
 ENTRY = struct.Struct("<32sI")  # SHA-256 of the picture's file, CRC-32 of the record
 MAGIC = b"mmkit features 1"
 SHARD_BYTES = 16 * 2**30
+MARGIN = 0.95  # of the free disk: a full one would take the checkpoints with it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Stored = Literal["computed", "float16"]
@@ -266,3 +266,31 @@ def picture_digest(path: Path | str) -> bytes:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def say_size(cache: FeatureCache, pictures: int, absent: int, rank: int) -> None:
+    """State what is there, what will be written and what the disk has.
+
+    Args:
+        cache: The cache.
+        pictures: How many are wanted.
+        absent: How many of them it does not hold.
+        rank: The first one prints.
+
+    Raises:
+        ConfigError: It has no room.
+    """
+    needed = absent * (cache.key.record_bytes + ENTRY.size)
+    free = shutil.disk_usage(cache.folder).free
+    if rank == 0:
+        print(
+            f"feature cache {cache.folder}: {pictures - absent:,} of {pictures:,} pictures are there; {absent:,} to compute, "
+            f"{needed / 1e9:,.2f} GB ({cache.key.tokens} x {cache.key.width} {cache.key.stored} each), {free / 1e9:,.0f} GB free",
+            flush=True,
+        )
+    if needed > MARGIN * free:
+        smaller = " --data.feature_dtype float16 halves it;" if cache.key.stored == "float32" else ""
+        raise ConfigError(
+            f"the feature cache {cache.folder} would take {needed / 1e9:,.2f} GB more ({absent:,} pictures of {cache.key.record_bytes:,} "
+            f"bytes), and {free / 1e9:,.2f} GB are free there.{smaller} name another folder with --data.feature_cache, or leave it out"
+        )
