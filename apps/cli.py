@@ -72,6 +72,10 @@ COMMANDS: dict[str, Command] = {
     "convert open-clip": Command("encoders.convert:open_clip", "an encoder and its text tower -> an open_clip model"),
     "convert timm": Command("encoders.convert:plain_timm", "an encoder -> a plain timm checkpoint"),
     "convert resize": Command("encoders.convert:resize", "an encoder -> the same at another patch or image size"),
+    "convert visft-lora": Command(
+        "encoders.convert_visft:lora", "ViSFT's LoRA -> merged into an encoder or BLIP-2; an adapter; the authors' file"
+    ),
+    "convert visft-heads": Command("encoders.convert_visft:heads", "a head file of ViSFT's authors -> a head folder"),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),

@@ -146,7 +146,7 @@ def add_lora(encoder: VisionEncoder, settings: LoraSettings | None = None, seed:
             attention.qkv_bias_separate = True
     halves = 2 if targets[0].fused else 1
     names = [f"blocks.{target.block}.attn.{layer}" for target in targets for layer in target.layers]
-    config = LoraConfig(r=halves * settings.rank, lora_alpha=halves * settings.alpha, target_modules=names)  # type: ignore[arg-type]  # any number
+    config = LoraConfig(r=halves * settings.rank, lora_alpha=halves * settings.alpha, target_modules=names)
     inject_adapter_in_model(config, encoder.network)
     adapter = LoraAdapter(encoder, settings, targets, separate)
     generator = torch.Generator().manual_seed(seed)
@@ -254,7 +254,8 @@ class LoraAdapter:
         """Give A and B of all blocks in the published layout (top of this file), float32, on the CPU; after `merge`, what was merged."""
         if self._final is not None:
             return {name: tensor.clone() for name, tensor in self._final.items()}
-        rank, state = self.settings.rank, {}
+        rank = self.settings.rank
+        state: dict[str, Tensor] = {}
         for target in self.targets:
             pairs = [(a.detach().float().cpu(), b.detach().float().cpu()) for _, a, b in target.a_and_b()]
             if target.fused:
@@ -338,12 +339,12 @@ class LoraAdapter:
         """Give each layer with the float32 matrix that is added to its weight."""
         rank, scaling = self.settings.rank, self.settings.alpha / self.settings.rank
         for module, (_, a, b) in zip(target.modules(), target.a_and_b(), strict=True):
-            a, b = a.detach().float(), b.detach().float()
+            rows, columns = a.detach().float(), b.detach().float()
             if not target.fused:
-                yield module, b @ a * scaling
+                yield module, columns @ rows * scaling
                 continue
-            width = b.shape[0] // 3
-            queries, values = b[:width, :rank] @ a[:rank], b[2 * width :, rank:] @ a[rank:]
+            width = columns.shape[0] // 3
+            queries, values = columns[:width, :rank] @ rows[:rank], columns[2 * width :, rank:] @ rows[rank:]
             yield module, torch.cat([queries, torch.zeros_like(queries), values]) * scaling
 
     @torch.no_grad()

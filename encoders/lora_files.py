@@ -101,7 +101,8 @@ def lora_state(tensors: Mapping[str, Any], source: str) -> LoraFile:
         half[match[3]] = tensor
     if not blocks:
         raise DataError(f"{source} holds no tensors; LoRA has two for each block")
-    depth, state = max(blocks) + 1, {}
+    depth = max(blocks) + 1
+    state: dict[str, Tensor] = {}
     for block in range(depth):
         names = dict(zip("AB", layout_names(block), strict=True))
         if missing := [name for half, name in names.items() if half not in blocks.get(block, {})]:
