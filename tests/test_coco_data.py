@@ -1,5 +1,6 @@
 """COCO-format data: the target cases of the goldens, what moves with a picture, what is left out and what is refused."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -39,7 +40,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> tuple[CocoSet, dict[str,
 
 def test_golden_targets_are_met(golden: tuple[CocoSet, dict[str, Any]]) -> None:
     coco, expected = golden
-    assert coco.classes is not None and coco.classes.ids == COCO_IDS
+    assert coco.classes is not None
+    assert coco.classes.ids == COCO_IDS
     assert {str(raw): label for raw, label in coco.classes.label_of().items()} == expected["category_id_to_label"]
     authors = Classes.authors_segmentation(coco.classes.ids, coco.classes.names)
     assert [image.image_id for image in coco.images] == [want["image_id"] for want in expected["targets"]]
@@ -55,7 +57,8 @@ def test_golden_targets_are_met(golden: tuple[CocoSet, dict[str, Any]]) -> None:
         assert [int(item.mask().sum()) for item in image.objects] == want["mask_pixels"]
         assert [item.area for item in image.objects] == pytest.approx(want["area"], rel=1e-6)
     dropped = sum(len(want["dropped"]) for want in expected["targets"])
-    assert dropped == 5 and sorted(coco.left_out) == ["box without area inside its image", "crowd"]
+    assert dropped == 5
+    assert sorted(coco.left_out) == ["box without area inside its image", "crowd"]
     assert coco.left_out["crowd"].startswith("2 x crowd (annotation 40")
 
 
@@ -106,7 +109,10 @@ def test_masks_and_boxes_move_with_the_pixels(name: str) -> None:
         masks = place.masks([item.mask() for item in image.objects])
         boxes = place.boxes(torch.tensor([item.box for item in image.objects]))
         height, width = place.out
-        assert not shown[height:].any() and not shown[:, width:].any() and not masks[:, height:].any() and not masks[:, :, width:].any()
+        assert not shown[height:].any()
+        assert not shown[:, width:].any()
+        assert not masks[:, height:].any()
+        assert not masks[:, :, width:].any()
         for channel in (0, 1):
             seen, mask = shown[..., channel], masks[channel].bool()
             sure = (seen < 60) | (seen > 195)
@@ -133,10 +139,15 @@ def test_jitter_makes_small_and_large_and_never_leaves_the_picture() -> None:
     generator = random.Random(0)
     places = [jitter(640, 427, 128, generator) for _ in range(300)]
     scales = [place.scale[1] * 640 / 128 for place in places]
-    assert min(scales) < 0.2 and max(scales) > 1.8 and 0.4 < sum(place.mirrored for place in places) / 300 < 0.6
+    assert min(scales) < 0.2
+    assert max(scales) > 1.8
+    assert 0.4 < sum(place.mirrored for place in places) / 300 < 0.6
     for place in [*places, *(multi_scale(640, 427, 128, generator) for _ in range(300))]:
         left, top, right, bottom = place.window
-        assert 0 <= left < right <= 640 and 0 <= top < bottom <= 427 and max(place.out) <= 128 and min(place.out) >= 1
+        assert 0 <= left < right <= 640
+        assert 0 <= top < bottom <= 427
+        assert max(place.out) <= 128
+        assert min(place.out) >= 1
         down, across = place.scale
         assert down == pytest.approx(across, rel=0.12)  # whole pixels of a small canvas: the aspect ratio holds but for rounding
 
@@ -150,7 +161,7 @@ def small_set(folder: Path, **changes: Any) -> Path:
     packed = coco_mask.encode(np.asfortranarray(drawn))
     runs, flat = [], drawn.flatten(order="F")
     edges = [0, *(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
-    runs = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    runs = [b - a for a, b in itertools.pairwise(edges)]
     annotation = {"image_id": 1, "bbox": [3, 4, 6, 6], "area": 36, "iscrowd": 0}
     content: dict[str, Any] = {
         "images": rows,
@@ -176,10 +187,14 @@ def test_both_forms_of_run_lengths_and_gaps_in_the_ids_are_read(tmp_path: Path) 
     coco = read_small(tmp_path)
     assert coco.classes is not None
     first = coco.images[0].objects
-    assert [item.label for item in first] == [1, 0] and coco.classes.names == ("dog", "cat")
-    assert first[0].mask().sum() == 36 and np.array_equal(first[0].mask(), first[1].mask())
-    assert len(coco.images) == 3 and not coco.images[2].objects
-    assert "3 images, 2 objects" in coco.describe() and "crowd" in coco.describe()
+    assert [item.label for item in first] == [1, 0]
+    assert coco.classes.names == ("dog", "cat")
+    assert first[0].mask().sum() == 36
+    assert np.array_equal(first[0].mask(), first[1].mask())
+    assert len(coco.images) == 3
+    assert not coco.images[2].objects
+    assert "3 images, 2 objects" in coco.describe()
+    assert "crowd" in coco.describe()
     assert len(read_coco(tmp_path / "images", instances=tmp_path / "instances.json", keep_empty=False).images) == 1
 
 
@@ -201,7 +216,8 @@ def test_what_is_wrong_with_an_annotation_is_named_or_left_out_and_counted(tmp_p
     with pytest.raises(DataError, match=message):
         read_coco(tmp_path / "images", instances=file)
     coco = read_coco(tmp_path / "images", instances=file, on_bad="skip")
-    assert len(coco.images[0].objects) == 2 and len(coco.left_out) == 2
+    assert len(coco.images[0].objects) == 2
+    assert len(coco.left_out) == 2
 
 
 def test_boxes_outside_or_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -220,7 +236,7 @@ def test_missing_images_are_named_or_left_out_and_counted(tmp_path: Path) -> Non
     assert [image.image_id for image in read_coco(tmp_path / "images", instances=file, on_bad="skip").images] == [1, 3]
     for path in (tmp_path / "images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="no image is left to train on: .*3 x the image is not in"):
+    with pytest.raises(DataError, match=r"no image is left to train on: .*3 x the image is not in"):
         read_coco(tmp_path / "images", instances=file, on_bad="skip")
 
 
@@ -251,7 +267,8 @@ def captions_file(folder: Path) -> Path:
 def test_captions_join_instances_and_those_without_words_are_counted(tmp_path: Path) -> None:
     instances = small_set(tmp_path)
     coco = read_coco(tmp_path / "images", instances=instances, captions=captions_file(tmp_path))
-    assert coco.images[0].captions == ("A cat sits.", "Two cats!") and len(coco.images[0].objects) == 2
+    assert coco.images[0].captions == ("A cat sits.", "Two cats!")
+    assert len(coco.images[0].objects) == 2
     assert coco.left_out["caption without words"] == "1 x caption without words (caption 12 (image 1))"
     vocabulary = Vocabulary.build(coco.captions(), min_count=1)
     data = CocoTask(coco, "caption", canvas=16, fill=GREY, vocabulary=vocabulary, captions_per_image=0, placer="squash")
@@ -264,7 +281,8 @@ def test_captions_join_instances_and_those_without_words_are_counted(tmp_path: P
 
 def test_a_vocabulary_counts_words_and_gives_rare_ones_one_number() -> None:
     vocabulary = Vocabulary.build(["A dog's bowl, a bowl.", "A café"], min_count=2)
-    assert vocabulary.words == ("a", "bowl") and len(vocabulary) == 6
+    assert vocabulary.words == ("a", "bowl")
+    assert len(vocabulary) == 6
     assert vocabulary.encode("a dog's bowl").tolist() == [vocabulary.start, 1, vocabulary.unknown, 2, vocabulary.end]
     assert words_of("A dog’s CAFÉ no. 5_6!") == ["a", "dog’s", "café", "no", "5", "6"]
     with pytest.raises(DataError, match="no word occurs 9 times"):
@@ -278,14 +296,16 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(tmp_path: Path, task: Any
     coco = read_small(tmp_path)
     make = lambda seed: CocoTask(coco, task, canvas=32, fill=GREY, placer="jitter", seed=seed)  # noqa: E731
     first, again = make(0).get(3, 0), make(0).get(3, 0)
-    assert first is not None and again is not None
-    assert torch.equal(first["pixels"], again["pixels"]) and all(
-        torch.equal(first["target"][k], again["target"][k]) for k in first["target"]
-    )
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first["pixels"], again["pixels"])
+    assert all(torch.equal(first["target"][k], again["target"][k]) for k in first["target"])
     others = [make(0).get(4, 0), make(1).get(3, 0)]
     assert all(other is not None and not torch.equal(other["target"]["boxes"], first["target"]["boxes"]) for other in others)
     batch = collate([first, *others])  # type: ignore[list-item]
-    assert batch["pixels"].shape == (3, 3, 32, 32) and batch["pixels"].dtype == torch.uint8 and len(batch["targets"]) == 3
+    assert batch["pixels"].shape == (3, 3, 32, 32)
+    assert batch["pixels"].dtype == torch.uint8
+    assert len(batch["targets"]) == 3
 
 
 def test_objects_whose_mask_leaves_the_canvas_are_dropped(tmp_path: Path) -> None:
@@ -298,7 +318,8 @@ def test_objects_whose_mask_leaves_the_canvas_are_dropped(tmp_path: Path) -> Non
         task: CocoTask(coco, task, canvas=16, fill=GREY).target(image, place, 0, 0)["labels"]  # type: ignore[arg-type]
         for task in ("detection", "segmentation")
     }
-    assert len(kept["detection"]) == 1 and len(kept["segmentation"]) == 0
+    assert len(kept["detection"]) == 1
+    assert len(kept["segmentation"]) == 0
 
 
 def test_a_picture_of_another_size_than_its_annotations_is_refused_or_listed(tmp_path: Path) -> None:
@@ -309,7 +330,10 @@ def test_a_picture_of_another_size_than_its_annotations_is_refused_or_listed(tmp
     with pytest.raises(DataError, match=r"is 16 x 20 pixels; its annotations .* are for 20 x 16"):
         strict.get(0, 0)
     lenient = CocoTask(coco, "detection", canvas=16, fill=GREY, on_bad_sample="skip", bad_list=tmp_path / "bad.jsonl")
-    assert lenient.get(0, 0) is None and lenient.get(0, 1) is None and lenient.get(1, 0) is None and lenient.get(0, 2) is not None
+    assert lenient.get(0, 0) is None
+    assert lenient.get(0, 1) is None
+    assert lenient.get(1, 0) is None
+    assert lenient.get(0, 2) is not None
     assert list(lenient.bad_images()) == ["1.png", "2.png"]
 
 
@@ -322,10 +346,13 @@ def test_the_permuted_control_shows_every_image_anothers_picture(tmp_path: Path)
     for _ in range(2):  # the second time from memory
         items = [data.get(0, index) for index in range(3)]
         seen = [int(item["pixels"][0, 0, 0]) for item in items if item is not None]
-        assert sorted(seen) == [50, 100, 150] and all(value != own for value, own in zip(seen, (50, 100, 150), strict=True))
+        assert sorted(seen) == [50, 100, 150]
+        assert all(value != own for value, own in zip(seen, (50, 100, 150), strict=True))
         assert [len(item["target"]["labels"]) for item in items if item is not None] == [2, 0, 0]
 
 
 def test_evaluation_fills_the_canvas_and_says_how_much() -> None:
     place = fit(40, 20, 64)
-    assert place.out == (32, 64) and place.picture.tolist() == [0.5, 1.0] and not place.mirrored
+    assert place.out == (32, 64)
+    assert place.picture.tolist() == [0.5, 1.0]
+    assert not place.mirrored
