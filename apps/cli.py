@@ -50,6 +50,9 @@ COMMANDS: dict[str, Command] = {
     "train qformer": Command(
         "llm_stage.train_qformer:main", "train BLIP-2's Q-Former before a frozen encoder: contrast, matching, captions"
     ),
+    "train blip2": Command(
+        "llm_stage.train_blip2:main", "let a trained Q-Former speak to a frozen language model: stage 2 of BLIP-2, captions and VQA"
+    ),
     "train text": Command("llm_stage.train_text:main", "train a small language model on the language of the embedded world"),
     "eval zeroshot": Command("encoders.eval_zeroshot:main", "name images by their nearest class name; ImageNet's six sets and others"),
     "eval retrieval": Command("encoders.eval_zeroshot_retrieval:main", "find captions for images and images for captions; R@1, 5, 10"),

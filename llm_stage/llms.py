@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from llm_stage.chat_format import IMAGE_MARK
@@ -148,9 +148,41 @@ def load_llm(
     how: dict[str, Any] = {"dtype": dtype, **({"attn_implementation": attention} if attention else {}), **_quantized(quantization, dtype)}
     if attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("attention flash_attention_2 needs the package flash-attn and CUDA: pip install flash-attn, or --attention sdpa")
+    model, tokenizer = _pretrained(name, source, AutoModelForCausalLM, how)
+    if quantization:
+        for module in model.modules():  # a forward in eval mode would repack the weights for AVX-512, a form that has no backward
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    add_image_token(model, tokenizer)
+    return model, tokenizer
+
+
+def load_any_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Load a language model that is read as it is, causal or encoder-decoder, and its tokenizer, with a pad token.
+
+    Args:
+        name: A name of `LLMS`, a folder, or a name on the hub.
+        dtype: Of the weights.
+
+    Raises:
+        LookupError: The name is unknown.
+        ValueError: The files are not a language model.
+    """
+    source = llm_source(name)
+    try:
+        apart = bool(AutoConfig.from_pretrained(source).is_encoder_decoder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the language model '{name}' has no config that could be read from {source}: {str(error).splitlines()[0]}"
+        ) from error
+    return _pretrained(name, source, AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM, {"dtype": dtype})
+
+
+def _pretrained(name: str, source: str, kind: Any, how: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load weights that fill the model, and a tokenizer that can pad."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **how)
+        loaded: Any = kind.from_pretrained(source, output_loading_info=True, **how)
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises all three for files that are not what they should be
         raise ConfigError(
@@ -164,10 +196,6 @@ def load_llm(
             f"the weights in {source} do not fill the config beside them: {len(names)} tensors missing, such as {', '.join(names[:3])}. "
             "Take all files from one model"
         )
-    if quantization:
-        for module in model.modules():  # a forward in eval mode would repack the weights for AVX-512, a form that has no backward
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigError(
             f"the tokenizer in {source} has neither an end token nor a pad token: name the end token that the model was trained with "
@@ -175,7 +203,6 @@ def load_llm(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    add_image_token(model, tokenizer)
     return model, tokenizer
 
 

@@ -26,26 +26,39 @@ MASKED = ("sdpa", "eager", "flex_attention")
 """Attention of transformers that gets a block-diagonal mask made from the positions; any number of rows."""
 
 
-def plan_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Deal examples to rows: as few as first-fit finds with the longest example first, or fewer, and then as even as they go.
+WITHOUT_END = 2**62
+"""The budget of a single row."""
+ATTENTION_SPAN = 5
+"""Widths of the model: the length of a row at which masked attention costs as much as all else (measured with models of width 256 and 576)."""
+
+
+def plan_rows(lengths: Sequence[int], budget: int, width: int = 0) -> list[list[int]]:
+    """Deal examples evenly to as many rows as cost least: few are padded little, short ones save attention.
 
     Args:
         lengths: Tokens of each example.
-        budget: Tokens that a row may hold. An example that is longer still makes a row, and then so may others.
+        budget: Tokens that a row may hold; `WITHOUT_END` makes one row. An example that is longer still makes a row, and then so may others.
+        width: Of the model, where attention goes over whole rows under a mask: its cost grows with the square of a row's length. 0 counts
+            padding alone.
 
     Returns:
-        For each row the examples in it, in their order; a function of the arguments alone. Rows are padded to the fullest one, so the
-        padding is what even dealing leaves.
+        For each row the examples in it, in their order; a function of the arguments alone. Rows are padded to the fullest one.
     """
+    if budget >= WITHOUT_END:
+        return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     budget = max(budget, max(lengths))
-    fitted = _first_fit(order, lengths, budget)
-    for count in range(math.ceil(sum(lengths) / budget), len(fitted) + 1):
-        even = _evenly(order, lengths, count)
-        if max(sum(lengths[index] for index in row) for row in even) <= budget:
-            fitted = even
-            break
-    return sorted(sorted(row) for row in fitted)
+    plans = [_first_fit(order, lengths, budget)]
+    plans += [_evenly(order, lengths, count) for count in range(math.ceil(sum(lengths) / budget), len(lengths) + 1)]
+
+    def cost(plan: Sequence[Sequence[int]]) -> float:
+        longest = max(sum(lengths[index] for index in row) for row in plan)
+        if longest > budget:
+            return math.inf
+        attention = longest / (ATTENTION_SPAN * width) if width else 0.0
+        return len(plan) * longest * (1 + attention)
+
+    return sorted(sorted(row) for row in min(plans, key=cost))
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -72,18 +85,18 @@ def _evenly(order: Sequence[int], lengths: Sequence[int], count: int) -> list[li
     return rows
 
 
-def pack(items: Sequence[Mapping[str, Any]], budget: int) -> list[dict[str, Any]]:
+def pack(items: Sequence[Mapping[str, Any]], budget: int, width: int = 0) -> list[dict[str, Any]]:
     """Join examples into rows.
 
     Args:
         items: "input_ids", "labels" (lists), "images" (a list), as `ConversationDataset` gives them.
-        budget: See `plan_rows`.
+        budget, width: See `plan_rows`.
 
     Returns:
         Rows of the same form with "position_ids", which start from 0 with each example; no label where an example begins.
     """
     rows = []
-    for indices in plan_rows([len(item["input_ids"]) for item in items], budget):
+    for indices in plan_rows([len(item["input_ids"]) for item in items], budget, width):
         row: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "images": []}
         for item in (items[index] for index in indices):
             row["input_ids"] += item["input_ids"]
@@ -95,7 +108,13 @@ def pack(items: Sequence[Mapping[str, Any]], budget: int) -> list[dict[str, Any]
 
 
 def packed_batch(
-    items: Sequence[Mapping[str, Any]], pad_id: int, image_token_id: int, tokens_per_image: int, image_size: int, budget: int
+    items: Sequence[Mapping[str, Any]],
+    pad_id: int,
+    image_token_id: int,
+    tokens_per_image: int,
+    image_size: int,
+    budget: int,
+    width: int = 0,
 ) -> dict[str, Any]:
     """Make a packed micro-batch. One without any image gets an example of a zero image and no label, for the same reason as
     `with_dummy_row` gives one: ranks must not differ in whether they run the tower.
@@ -107,6 +126,7 @@ def packed_batch(
         tokens_per_image: Placeholders per image.
         image_size: Pixels of the tower's input.
         budget: Tokens of a row, from `row_budget`.
+        width: Of the language model; see `plan_rows`.
 
     Returns:
         What `collate` gives, with "position_ids" [B, L], and None for "attention_mask".
@@ -115,7 +135,7 @@ def packed_batch(
         ids = [image_token_id] * tokens_per_image
         dummy = {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), "images": [torch.zeros(3, image_size, image_size)]}
         items = [*items, dummy]
-    return collate(pack(items, budget), pad_id, image_token_id, tokens_per_image)
+    return collate(pack(items, budget, width), pad_id, image_token_id, tokens_per_image)
 
 
 def real_tokens(batch: Mapping[str, Any]) -> int:
@@ -146,7 +166,7 @@ def row_budget(llm: Any, length: int) -> int:
     if attention in MASKED:
         return length
     if attention.startswith("flash_attention") or "flash-attn" in attention:
-        return 2**62  # its variable-length kernel reads borders from the positions of one row, and there is nothing to pad in one
+        return WITHOUT_END  # its variable-length kernel reads borders from the positions of one row, and there is nothing to pad in one
     raise ConfigError(
         f"data.pack with attention {attention!r}: it is not known to keep packed examples apart ({', '.join(MASKED)} and flash_attention_2 "
         "are); take one of these, or set data.pack false"

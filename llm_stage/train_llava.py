@@ -245,7 +245,8 @@ def make_batch(items: list[Any], parts: Parts, budget: int = 0, blank: Tensor | 
     size = tower_geometry(parts.model.model.vision_tower).spec.size
     config = parts.model.config
     if budget:
-        batch = packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget)
+        width = config.text_config.hidden_size
+        batch = packed_batch(items, pad, config.image_token_id, config.image_seq_length, size, budget, width)
     else:
         batch = with_dummy_row(collate(items, pad, config.image_token_id, config.image_seq_length), config, size, pad)
     if blank is not None and not any(item.get("images") for item in items):

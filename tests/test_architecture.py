@@ -42,7 +42,7 @@ EXPECTED_RECIPES = {
     | {"mini_visft_lora", "visft_lora_e", "visft_lora_g"},
     "llm_stage": LLAVA_RECIPES
     | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"}
-    | {"mini_qformer", "qformer_stage1", "qformer_calibrate"},
+    | {"mini_qformer", "qformer_stage1", "qformer_calibrate", "mini_blip2", "blip2_stage2", "blip2_vqa"},
 }
 
 

@@ -14,7 +14,7 @@ from llm_stage.llava_settings import LlavaSettings
 from llm_stage.train_llava import RECIPES, main
 from mmkit.config import load_config
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if "_stage" in path.stem)
+NAMES = sorted(path.stem for path in RECIPES.glob("*_stage*.yaml") if not path.stem.startswith(("qformer", "blip2")))
 PUBLISHED = [name for name in NAMES if name.startswith("llava_")]
 
 # projector, encoder, global batch, epochs, lr, projector's lr, LoRA rank, alpha, ZeRO stage, resize: sections 4 and 7 of LLaVA's papers and

@@ -32,7 +32,7 @@ from transformers import modeling_flash_attention_utils as flash
 from llm_stage.chat_format import IGNORE_INDEX, ChatFormat, Turn
 from llm_stage.conversations import collate
 from llm_stage.llava import build_llava, label_tokens, set_stage, supervised_loss, with_dummy_row
-from llm_stage.packing import check_packing, pack, packed_batch, padding_share, plan_rows, real_tokens, row_budget
+from llm_stage.packing import WITHOUT_END, check_packing, pack, packed_batch, padding_share, plan_rows, real_tokens, row_budget
 from llm_stage.train_llava import main
 from mmkit.errors import ConfigError
 
@@ -140,15 +140,24 @@ def test_every_example_is_in_one_row_and_no_row_is_overfull(lengths: list[int], 
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(row == sorted(row) for row in rows)
     assert max(sum(lengths[index] for index in row) for row in rows) <= max(budget, *lengths)
-    assert len(rows) <= 2 * sum(lengths) / max(budget, *lengths) + 1  # first-fit leaves at most one row less than half full
+    longest = max(sum(lengths[index] for index in row) for row in rows)
+    assert len(rows) * longest <= 2 * sum(lengths) + max(budget, *lengths)  # first-fit leaves at most one row less than half full
     assert rows == plan_rows(list(lengths), budget)
 
 
 def test_rows_are_dealt_evenly_so_that_little_is_padded() -> None:
     lengths = [100, 90, 80, 30, 20, 10]
     sums = [sum(lengths[index] for index in row) for row in plan_rows(lengths, 200)]
-    assert len(sums) == 2
-    assert max(sums) <= 170  # of 330 in all; first-fit alone makes 200 and 130
+    assert sums == [110, 110, 110]  # first-fit alone makes 200 and 130
+
+
+def test_masked_attention_is_given_short_rows_where_it_would_cost_more_than_the_padding() -> None:
+    lengths = [300, 160, 150, 140, 120, 100, 60, 40]
+    whole = plan_rows(lengths, 2048)
+    short = plan_rows(lengths, 2048, width=64)
+    assert len(whole) < len(short)
+    assert len(plan_rows(lengths, 2048, width=10**9)) == len(whole)  # a model so wide has no attention to save
+    assert plan_rows(lengths, WITHOUT_END, width=64) == [list(range(8))]
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32}

@@ -1,0 +1,191 @@
+"""Train BLIP-2's second stage: a Q-Former learns to speak to a frozen language model, from captions, from questions, or from both.
+
+    python llm_stage/train_blip2.py --recipe mini_blip2 --pretrained runs/qformer/model --output_dir runs/blip2
+    torchrun --nproc_per_node 8 llm_stage/train_blip2.py --recipe blip2_stage2 --pretrained runs/qformer/model --llm facebook/opt-2.7b ...
+    python llm_stage/train_blip2.py --recipe blip2_vqa --pretrained runs/blip2/model --questions Q.json --annotations A.json --images DIR ...
+
+--pretrained is a Q-Former folder (stage 1; it brings its encoder) or a BLIP-2 folder, which goes on. Encoder and language model sleep.
+RUN/model is a BLIP-2 folder (llm_stage/blip2_folder.py); `mmkit eval vqa --model RUN/model` and the demo take it.
+
+Source: BLIP-2 (Li et al., 2023), section 3.3; numbers of the recipes from its appendix and from LAVIS.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):  # started as a file: its folder is on sys.path, the packages' folder is not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from encoders.pair_sources import PairConfig, open_pairs, read_source
+from llm_stage.blip2 import IGNORED, Blip2, Texts, from_stage1, text_loss
+from llm_stage.blip2_data import AskedImages, ImageTexts, collate
+from llm_stage.blip2_folder import Blip2Card, Blip2Parts, is_blip2, llm_hash, load_blip2, save_blip2
+from llm_stage.blip2_text import END, TextFormat
+from llm_stage.llava_settings import DTYPES
+from llm_stage.llms import load_any_llm
+from llm_stage.qformer_folder import load_qformer
+from mmkit.batches import derive_seed
+from mmkit.config import cli_entry, load_config
+from mmkit.errors import ConfigError, DataError
+from mmkit.images import to_images
+from mmkit.optim import cosine_schedule, param_groups
+from mmkit.run import Run, RunConfig
+from mmkit.trainable import trainable_table, weights_hash
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class Blip2Settings:
+    """Settings of stage 2."""
+
+    pretrained: str = field(default="", metadata={"help": "a Q-Former folder of stage 1, with its encoder; or a BLIP-2 folder, to go on"})
+    llm: str = field(default="", metadata={"help": "language model, causal or encoder-decoder; frozen"})
+    weights: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "how the language model is held"})
+    end: str = field(default=END, metadata={"help": "what ends a text of a causal language model; one token"})
+    prompt: str = field(default="Question: {} Short answer:", metadata={"help": "what a question is put into"})
+    caption_prompt: str = field(default="", metadata={"help": "what stands before a caption"})
+    max_tokens: int = field(default=32, metadata={"help": "longest prompt and text together"})
+    questions: str = field(default="", metadata={"help": "VQAv2-format questions to learn from"})
+    annotations: str = field(default="", metadata={"help": "their annotations, ten answers each"})
+    images: str = field(default="", metadata={"help": "folder of the questions' pictures"})
+    lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    final_lr: float = field(default=5e-5, metadata={"help": "that the cosine ends at"})
+    warmup: float = field(default=2000, metadata={"help": "steps, or share of all steps if below 1"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98], metadata={"help": "AdamW's"})
+    data: PairConfig = field(default_factory=lambda: PairConfig(source="", scale=[0.5, 1.0]))
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self) -> None:
+        """Refuse what cannot be meant."""
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas is {self.betas}; AdamW has two, as in [0.9, 0.98]")
+        if self.prompt.count("{}") != 1:
+            raise ConfigError(
+                f"prompt is {self.prompt!r}; the question's place is marked by one {{}}, as in 'Question: {{}} Short answer:'"
+            )
+        given = [name for name in ("questions", "annotations", "images") if getattr(self, name)]
+        if given and len(given) < 3:
+            raise ConfigError(f"--questions, --annotations and --images go together; only --{', --'.join(given)} was given")
+
+    def require(self) -> None:
+        """Refuse a run without what a recipe cannot know."""
+        if not self.pretrained:
+            raise ConfigError("--pretrained is missing: a Q-Former folder (mmkit train qformer makes one), or a BLIP-2 folder")
+        if not self.llm and not is_blip2(self.pretrained):
+            raise ConfigError("--llm is missing: the language model that the Q-Former is to speak to; `mmkit list llms` has names")
+        if not self.data.source and not self.questions:
+            raise ConfigError(
+                "there is nothing to learn from: give captions (--data.source), questions (--questions, --annotations), or both"
+            )
+
+
+def build_parts(settings: Blip2Settings) -> Blip2Parts:
+    """Load what is trained and what sleeps; before the run folder is made, as it may fail.
+
+    Raises:
+        ConfigError: A BLIP-2 folder was trained with another language model.
+    """
+    dtype = DTYPES[settings.weights]
+    said: dict[str, Any] = {
+        "weights": settings.weights,
+        "end": settings.end,
+        "max_tokens": settings.max_tokens,
+        "prompt": settings.prompt,
+        "caption_prompt": settings.caption_prompt,
+    }
+    if is_blip2(settings.pretrained):
+        parts = load_blip2(settings.pretrained, dtype)
+        if settings.llm and settings.llm != parts.card.llm:
+            raise ConfigError(
+                f"{settings.pretrained} speaks to '{parts.card.llm}', not to '{settings.llm}': leave --llm out, or begin with a Q-Former"
+            )
+        text = TextFormat(parts.text.tokenizer, parts.model.writes_apart, settings.end, settings.max_tokens)
+        card = replace(parts.card, **said)
+        return Blip2Parts(parts.encoder, parts.model, text, replace(card, llm_hash=llm_hash(parts.model, settings.weights)))
+    stage1 = load_qformer(settings.pretrained)
+    llm, tokenizer = load_any_llm(settings.llm, dtype)
+    model = from_stage1(stage1.qformer, llm, derive_seed(settings.run.seed))
+    before = stage1.card
+    card = Blip2Card(before.encoder, settings.llm, before.encoder_hash, feature_layer=before.feature_layer, mode=before.mode)
+    card = replace(card, llm_hash=llm_hash(model, settings.weights), **said)
+    return Blip2Parts(stage1.encoder, model, TextFormat(tokenizer, model.writes_apart, settings.end, settings.max_tokens), card)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, and give the run folder."""
+    settings = load_config(Blip2Settings, argv, recipe_dir=RECIPES)
+    settings.require()
+    source = read_source(settings.data) if settings.data.source else None
+    parts = build_parts(settings)
+    if settings.data.source == "minidata" and parts.spec.size != 96:
+        raise ConfigError(f"the encoder takes {parts.spec.size} pixels, minidata draws 96; name files: --data.source")
+    model: Blip2 = parts.model.train()
+    optimizer = torch.optim.AdamW(param_groups(model, settings.lr, settings.weight_decay), betas=(settings.betas[0], settings.betas[1]))
+    asked = open_questions(settings, parts)
+    run = Run(settings.run, name="blip-2", settings=settings)
+    bad = run.folder / "bad_samples.jsonl"
+    captions = open_pairs(settings.data, source, parts.spec, settings.run.seed, bad) if settings.data.source else None
+    if asked is not None:
+        asked.bad_list = bad
+    dataset = ImageTexts(captions, asked, settings.prompt, settings.caption_prompt)
+    named = {name: part for name, part in model.named_children() if name != "language_model"}
+    table = torch.nn.ModuleDict({"encoder": parts.encoder, "blip2": model})
+    new = "new" if not is_blip2(settings.pretrained) else settings.pretrained
+    origins = {"encoder": parts.card.encoder, "language_model": parts.card.llm, "language_projection": new}
+    origins = dict.fromkeys(["(rest)", *named], settings.pretrained) | origins
+    run.print(trainable_table(table, {"encoder": parts.encoder, "language_model": model.language_model, **named}, origins))
+    frozen = weights_hash(parts.encoder)
+    run.prepare(model, optimizer)
+    parts.encoder.to(run.device)
+    run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup, settings.final_lr / settings.lr))
+    for batch in run.batches(dataset, collate(parts.text), weigh=lambda batch: float((batch["labels"] != IGNORED).sum())):
+        with run.accelerator.autocast():
+            features = parts.features(to_images(batch["images"], parts.spec))  # [B, n, W], no graph
+        loss = run.forward(text_loss, features, Texts(batch["ids"], batch["mask"], batch["labels"]))
+        run.backward(loss)
+        run.log(loss=loss)
+    export(run, parts, settings, frozen)
+    folder = run.finish()
+    run.print(f"blip-2: the model is in {folder / 'model'}")
+    return folder
+
+
+def open_questions(settings: Blip2Settings, parts: Blip2Parts) -> AskedImages | None:
+    """Read the questions, if any were named; bad files are seen before the run folder is made."""
+    if not settings.questions:
+        return None
+    low, high = settings.data.scale
+    return AskedImages(
+        settings.questions, settings.annotations, settings.images, parts.spec, settings.run.seed,
+        on_bad_sample=settings.data.on_bad_sample, scale=(low, high),
+    )  # fmt: skip
+
+
+def export(run: Run, parts: Blip2Parts, settings: Blip2Settings, frozen: str) -> None:
+    """Write RUN/model; all ranks take part.
+
+    Raises:
+        DataError: The encoder or the language model changed during the training.
+    """
+    state = run.weights()
+    if not run.is_main or state is None:
+        return
+    kept: Any = {name: tensor.cpu() for name, tensor in state.items()}
+    parts.to(torch.device("cpu"))
+    if weights_hash(parts.encoder) != frozen or llm_hash(parts.model, parts.card.weights) != parts.card.llm_hash:
+        raise DataError("encoder or language model changed during a training in which both sleep: not saved; the checkpoints are there")
+    data = [Path(name).name for name in (settings.data.source, settings.questions) if name]
+    training = {"data": data, "steps": run.step, "seed": settings.run.seed, "pretrained": settings.pretrained}
+    parts.card = replace(parts.card, training=training)
+    save_blip2(parts, run.folder / "model", state=kept, overwrite=True)
+
+
+if __name__ == "__main__":
+    cli_entry(main)
