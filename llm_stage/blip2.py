@@ -6,14 +6,15 @@ Letters: B rows, n image tokens of width W, Q queries, T text tokens, D width of
     soft = blip2.soft_prompt(features)                   # [B, Q, d]: what the language model sees of the image
     logits = blip2.logits(soft, texts)                   # [B, T, V], of each text token from the place before it
 
-A decoder (OPT, Llama, Qwen, SmolLM2) reads [queries; prompt; text]. An encoder-decoder (Flan-T5) reads [queries; prompt] and writes the text.
+A decoder (OPT, Llama, Qwen, SmolLM2) reads [lead; queries; prompt; text]. An encoder-decoder (Flan-T5) reads [lead; queries; prompt] and writes
+the text. The lead is empty in the paper; a chat model's template begins there ("<|im_start|>user").
 Of the Q-Former only the path of the queries is left: no words, no feed-forward of the text's. Weights are called as in transformers'
 `Blip2ForConditionalGeneration`, where `ln_vision` is the vision model's last norm.
 
 Source: BLIP-2 (Li et al., 2023), section 3.3; LAVIS, lavis/models/blip2_models/blip2_opt.py and blip2_t5.py (what the paper does not say).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,12 @@ class Blip2(nn.Module):
     Args:
         config: Shape of the Q-Former.
         language_model: Any causal or encoder-decoder language model of transformers; it is frozen.
+        lead: Ids of what stands in front of the queries, the same in all rows.
     """
 
-    def __init__(self, config: QFormerConfig, language_model: PreTrainedModel) -> None:
+    def __init__(self, config: QFormerConfig, language_model: PreTrainedModel, lead: Sequence[int] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.lead = config, list(lead)
         body = config.body()
         body.use_qformer_text_input = False
         body._attn_implementation = "sdpa"
@@ -102,10 +104,12 @@ class Blip2(nn.Module):
         return soft
 
     def read(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Put queries [B, Q, d] in front of tokens [B, T]: embeddings [B, Q + T, d] and mask [B, Q + T]."""
-        words = self.language_model.get_input_embeddings()(ids)
-        whole = torch.cat([soft.to(words.dtype), words], dim=1)
-        return whole, torch.cat([mask.new_ones(soft.shape[:2]), mask], dim=1)
+        """Put the lead and queries [B, Q, d] in front of tokens [B, T]: embeddings [B, l + Q + T, d] and mask [B, l + Q + T]."""
+        embed = self.language_model.get_input_embeddings()
+        words = embed(ids)
+        lead = embed(torch.tensor(self.lead, dtype=torch.long, device=ids.device)).expand(len(ids), -1, -1)
+        whole = torch.cat([lead, soft.to(words.dtype), words], dim=1)
+        return whole, torch.cat([mask.new_ones(len(ids), whole.shape[1] - ids.shape[1]), mask], dim=1)
 
     def logits(self, soft: Tensor, texts: Texts) -> Tensor:
         """Give logits of the text's tokens, each from what stands before it: [B, T, V], or [B, S, V] of an encoder-decoder."""
@@ -130,17 +134,18 @@ def text_loss(model: Blip2, features: Tensor, texts: Texts) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), texts.labels.flatten(), ignore_index=IGNORED)
 
 
-def from_stage1(stage1: QFormer, language_model: PreTrainedModel, seed: int = 0) -> Blip2:
+def from_stage1(stage1: QFormer, language_model: PreTrainedModel, lead: Sequence[int] = (), seed: int = 0) -> Blip2:
     """Take the queries' path out of a Q-Former of stage 1; the projection is drawn anew.
 
     Args:
         stage1: A trained Q-Former.
         language_model: The language model.
+        lead: As for `Blip2`.
         seed: Of the projection.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Blip2(stage1.config, language_model)
+        model = Blip2(stage1.config, language_model, lead)
         nn.init.normal_(model.language_projection.weight, std=0.02)
         nn.init.zeros_(model.language_projection.bias)
     own, theirs = model.trained_state(), stage1.state_dict()

@@ -43,7 +43,7 @@ class Blip2Card:
         weights: How the language model was held in training: "fp32", "bf16", "fp16".
         feature_layer: The encoder's hidden state that is read.
         mode: "train" (a Q-Former trained for this encoder), "calibrate" or "swap"; see `QFormerCard`.
-        end, max_tokens: Of `TextFormat`.
+        end, lead, max_tokens: Of `TextFormat`.
         prompt: What a question is put into, `{}` standing for it.
         caption_prompt: What a caption is asked for by.
         training: Data, steps and the like, for people.
@@ -57,6 +57,7 @@ class Blip2Card:
     feature_layer: int = -2
     mode: str = "train"
     end: str = END
+    lead: str = ""
     max_tokens: int = 64
     prompt: str = "Question: {} Short answer:"
     caption_prompt: str = ""
@@ -146,7 +147,7 @@ def read_blip2_file(folder: Path | str) -> tuple[Blip2Card, QFormerConfig]:
         card = Blip2Card(**content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{file} is damaged, or of another version of mmkit: {error}") from error
-    return (replace(card, llm=str(moved)) if moved is not None and moved.is_dir() else card), config
+    return (replace(card, llm=str(moved.resolve())) if moved is not None and moved.is_dir() else card), config
 
 
 def load_blip2(folder: Path | str, dtype: torch.dtype = torch.float32) -> Blip2Parts:
@@ -169,7 +170,8 @@ def load_blip2(folder: Path | str, dtype: torch.dtype = torch.float32) -> Blip2P
             f"{card.encoder_hash[:12]} was written down): restore it, or train for the new one"
         )
     llm, tokenizer = load_any_llm(card.llm, dtype)
-    model = Blip2(config, llm)
+    text = TextFormat(tokenizer, bool(llm.config.is_encoder_decoder), card.end, card.lead, card.max_tokens)
+    model = Blip2(config, llm, text.lead_ids)
     load_trained(model, load_weights(folder / WEIGHT_FILE), str(folder / WEIGHT_FILE))
     comparable = dtype in (torch.float32, _rounded_to(card.weights))  # rounded twice, through another type, it would be another number
     if comparable and (own := llm_hash(model, card.weights)) != card.llm_hash:
@@ -177,4 +179,4 @@ def load_blip2(folder: Path | str, dtype: torch.dtype = torch.float32) -> Blip2P
             f"'{card.llm}' is not the language model that {folder} was trained with (its weights' hash is {own[:12]}, "
             f"{card.llm_hash[:12]} was written down): name that one in {BLIP2_FILE}, or train for the new one"
         )
-    return Blip2Parts(encoder, model.eval(), TextFormat(tokenizer, model.writes_apart, card.end, card.max_tokens), card)
+    return Blip2Parts(encoder, model.eval(), text, card)

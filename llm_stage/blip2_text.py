@@ -1,10 +1,10 @@
 """What BLIP-2's language model reads and is to say: prompts, texts, where they end.
 
-    decoder              [queries] prompt text "\\n"        loss on the text and its end
-    encoder-decoder      [queries] prompt </s>  ->  text </s>
+    decoder              lead [queries] prompt text "\\n"        loss on the text and its end
+    encoder-decoder      lead [queries] prompt </s>  ->  text </s>
 
 Prompt and text are cut apart where the tokens of the prompt end, so that what is said in use is tokenised as in training. A begin token that
-a tokenizer puts in front (OPT's </s>) belongs to the prompt; with an empty prompt it is learnt too, as in LAVIS.
+a tokenizer puts in front (OPT's </s>) belongs to the lead, or without one to the prompt; with neither it is learnt too, as in LAVIS.
 
 Source: LAVIS, lavis/models/blip2_models/blip2_opt.py ("\\n" ends a text; the begin token is a target where there is no prompt).
 """
@@ -29,14 +29,15 @@ class TextFormat:
         tokenizer: The language model's.
         writes_apart: An encoder-decoder's.
         end: What ends a decoder's text; one token.
+        lead: What stands in front of the image: "" as in the paper, or how a chat model's template begins ("<|im_start|>user ").
         max_tokens: Longest prompt and text together, end included; an encoder-decoder's prompt and text each.
 
     Raises:
         ConfigError: The end is not one token, or there is no pad or end token to be had.
     """
 
-    def __init__(self, tokenizer: Any, writes_apart: bool, end: str = END, max_tokens: int = 64) -> None:
-        self.tokenizer, self.writes_apart, self.end, self.max_tokens = tokenizer, writes_apart, end, max_tokens
+    def __init__(self, tokenizer: Any, writes_apart: bool, end: str = END, lead: str = "", max_tokens: int = 64) -> None:
+        self.tokenizer, self.writes_apart, self.end, self.lead, self.max_tokens = tokenizer, writes_apart, end, lead, max_tokens
         if max_tokens < 2:
             raise ConfigError(f"max_tokens is {max_tokens}; a word and its end need 2")
         if tokenizer.pad_token_id is None:
@@ -48,17 +49,25 @@ class TextFormat:
             )
         self.stop_ids = list(dict.fromkeys(i for i in [*closing, tokenizer.eos_token_id] if i is not None))
 
-    def _ids(self, text: str, special: bool = True) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+    @property
+    def lead_ids(self) -> list[int]:
+        """Ids of the lead."""
+        found: list[int] = self.tokenizer(self.lead, add_special_tokens=not self.writes_apart)["input_ids"] if self.lead else []
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a text behind the queries; a begin token stands in front of the lead, where there is one."""
+        begins = self.writes_apart or not self.lead
+        found: list[int] = self.tokenizer(text, add_special_tokens=begins)["input_ids"]
         return found
 
     def split(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """Give the ids of a decoder's prompt, and of the text with its end."""
-        prompt, text = prompt.strip(), text.strip()
+        prompt, text = prompt.rstrip(), text.strip()
         head = self._ids(prompt) if prompt else []
         whole = self._ids(f"{prompt} {text}{self.end}" if prompt else f"{text}{self.end}")
         if whole[: len(head)] != head:  # the tokenizer joins the two: cut them apart by force
-            return head, self._ids(f" {text}{self.end}", special=False)
+            return head, self.tokenizer(f" {text}{self.end}", add_special_tokens=False)["input_ids"]
         return head, whole[len(head) :]
 
     def encode(self, prompts: Sequence[str], texts: Sequence[str]) -> Texts:
@@ -75,7 +84,7 @@ class TextFormat:
             raise DataError(f"text {empty[0]} of {len(texts)} has no word in it")
         pad = self.tokenizer.pad_token_id
         if self.writes_apart:
-            asked = [self._ids(prompt.strip()) for prompt in prompts]
+            asked = [self._ids(prompt.rstrip()) for prompt in prompts]
             if long := [prompt for prompt, row in zip(prompts, asked, strict=True) if len(row) > self.max_tokens]:
                 raise DataError(f"the prompt {long[0][:80]!r} has more tokens than max_tokens, {self.max_tokens}")
             written = [self._ids(text.strip()) for text in texts]
@@ -105,7 +114,7 @@ class TextFormat:
 
     def prompt(self, text: str) -> list[int]:
         """Give the ids of a prompt in use."""
-        return self._ids(text.strip()) if text.strip() or self.writes_apart else self._ids("")
+        return self._ids(text.rstrip()) if text.strip() or self.writes_apart else self._ids("")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the words up to the first token that ends a text."""

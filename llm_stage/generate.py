@@ -196,28 +196,7 @@ class ChatModel:
         prompt = self._prompt(request, "the request")
         inputs = self._inputs([prompt], [request.images], [0])
         settings = self._settings(max_new_tokens, temperature, top_p, len(prompt))
-        closed = Event()  # this stream's own: the caller's event may belong to several
-        streamer = _AnswerStreamer(self.tokenizer, self.stop_ids)
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with _seeded(seed, settings.do_sample):
-                    criteria = StoppingCriteriaList([_StopWhenSet(closed, *([stop] if stop else []))])
-                    self.model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=criteria)
-            except BaseException as error:  # goes to the caller, below: a thread's own error would be lost
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from _trimmed(streamer)
-        finally:
-            closed.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+        yield from streamed(self.model, inputs, settings, self.tokenizer, self.stop_ids, seed, stop)
 
     def encoder_card(self) -> dict[str, Any]:
         """What is known of the model's vision encoder: for the report, the demo and the model's card."""
@@ -325,6 +304,52 @@ def place_marks(request: ChatRequest) -> list[Turn]:
     return turns
 
 
+def streamed(
+    model: Any,
+    inputs: dict[str, Tensor],
+    settings: GenerationConfig,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    seed: int | None = None,
+    stop: Event | None = None,
+    skip_prompt: bool = True,
+) -> Iterator[str]:
+    """Generate in a thread of its own and give the pieces of the answer as they come; see `ChatModel.stream`.
+
+    Args:
+        model: Anything with transformers' `generate`.
+        inputs: Of one row.
+        settings: Of the generation.
+        tokenizer: Of the answer.
+        stop_ids: Tokens that end it.
+        seed: Of the sampling.
+        stop: Set it, from any thread, to end early.
+        skip_prompt: The first thing that `generate` sends is no answer: input ids, or what a decoder begins with.
+    """
+    closed = Event()  # this stream's own: the caller's event may belong to several
+    streamer = _AnswerStreamer(tokenizer, stop_ids, skip_prompt)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _seeded(seed, settings.do_sample):
+                criteria = StoppingCriteriaList([_StopWhenSet(closed, *([stop] if stop else []))])
+                model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=criteria)
+        except BaseException as error:  # goes to the caller, below: a thread's own error would be lost
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from _trimmed(streamer)
+    finally:
+        closed.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
 def _stop_ids(model: LlavaForConditionalGeneration, tokenizer: Any) -> list[int]:
     given = model.generation_config.eos_token_id if model.generation_config else None
     ids = given if isinstance(given, list) else [given, tokenizer.eos_token_id]
@@ -358,12 +383,14 @@ class _StopWhenSet(StoppingCriteria):
 class _AnswerStreamer(TextIteratorStreamer):
     """Pieces of text without prompt and without the token that ends the answer (which may be a newline)."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], skip_prompt: bool = True) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self.stop_ids = set(stop_ids)
 
     def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt and int(value.flatten()[-1]) in self.stop_ids:
+        if not value.numel():  # what `generate` sends for a prompt of embeddings
+            return
+        if not (self.skip_prompt and self.next_tokens_are_prompt) and int(value.flatten()[-1]) in self.stop_ids:
             return
         super().put(value)
 

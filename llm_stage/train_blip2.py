@@ -27,7 +27,7 @@ from llm_stage.blip2_data import AskedImages, ImageTexts, collate
 from llm_stage.blip2_folder import Blip2Card, Blip2Parts, is_blip2, llm_hash, load_blip2, save_blip2
 from llm_stage.blip2_text import END, TextFormat
 from llm_stage.llava_settings import DTYPES
-from llm_stage.llms import load_any_llm
+from llm_stage.llms import llm_source, load_any_llm
 from llm_stage.qformer_folder import load_qformer
 from mmkit.batches import derive_seed
 from mmkit.config import cli_entry, load_config
@@ -48,6 +48,7 @@ class Blip2Settings:
     llm: str = field(default="", metadata={"help": "language model, causal or encoder-decoder; frozen"})
     weights: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "how the language model is held"})
     end: str = field(default=END, metadata={"help": "what ends a text of a causal language model; one token"})
+    lead: str = field(default="", metadata={"help": "what stands in front of the image, as a chat template begins; the paper has nothing"})
     prompt: str = field(default="Question: {} Short answer:", metadata={"help": "what a question is put into"})
     caption_prompt: str = field(default="", metadata={"help": "what stands before a caption"})
     max_tokens: int = field(default=32, metadata={"help": "longest prompt and text together"})
@@ -102,20 +103,21 @@ def build_parts(settings: Blip2Settings) -> Blip2Parts:
     }
     if is_blip2(settings.pretrained):
         parts = load_blip2(settings.pretrained, dtype)
-        if settings.llm and settings.llm != parts.card.llm:
+        if settings.llm and llm_source(settings.llm) != llm_source(parts.card.llm):
             raise ConfigError(
                 f"{settings.pretrained} speaks to '{parts.card.llm}', not to '{settings.llm}': leave --llm out, or begin with a Q-Former"
             )
-        text = TextFormat(parts.text.tokenizer, parts.model.writes_apart, settings.end, settings.max_tokens)
-        card = replace(parts.card, **said)
-        return Blip2Parts(parts.encoder, parts.model, text, replace(card, llm_hash=llm_hash(parts.model, settings.weights)))
+        text = TextFormat(parts.text.tokenizer, parts.model.writes_apart, settings.end, settings.lead, settings.max_tokens)
+        parts.model.lead = text.lead_ids
+        card = replace(parts.card, llm_hash=llm_hash(parts.model, settings.weights), **said)
+        return Blip2Parts(parts.encoder, parts.model, text, card)
     stage1 = load_qformer(settings.pretrained)
     llm, tokenizer = load_any_llm(settings.llm, dtype)
-    model = from_stage1(stage1.qformer, llm, derive_seed(settings.run.seed))
+    text = TextFormat(tokenizer, bool(llm.config.is_encoder_decoder), settings.end, settings.lead, settings.max_tokens)
+    model = from_stage1(stage1.qformer, llm, text.lead_ids, derive_seed(settings.run.seed))
     before = stage1.card
     card = Blip2Card(before.encoder, settings.llm, before.encoder_hash, feature_layer=before.feature_layer, mode=before.mode)
-    card = replace(card, llm_hash=llm_hash(model, settings.weights), **said)
-    return Blip2Parts(stage1.encoder, model, TextFormat(tokenizer, model.writes_apart, settings.end, settings.max_tokens), card)
+    return Blip2Parts(stage1.encoder, model, text, replace(card, llm_hash=llm_hash(model, settings.weights), **said))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
