@@ -79,6 +79,12 @@ COMMANDS: dict[str, Command] = {
         "encoders.convert_visft:lora", "ViSFT's LoRA -> merged into an encoder or BLIP-2; an adapter; the authors' file"
     ),
     "convert visft-heads": Command("encoders.convert_visft:heads", "a head file of ViSFT's authors -> a head folder"),
+    "convert lavis-blip2": Command("llm_stage.convert_blip2:lavis", "a BLIP-2 checkpoint of LAVIS -> a Q-Former folder or a BLIP-2 folder"),
+    "convert blip2-from-hf": Command("llm_stage.convert_blip2:from_hf", "a BLIP-2 folder of transformers -> one of this kit"),
+    "convert blip2-to-hf": Command("llm_stage.convert_blip2:to_hf", "a BLIP-2 or Q-Former folder -> one of transformers (EVA towers)"),
+    "convert blip2-swap": Command(
+        "llm_stage.convert_blip2:swap", "other weights of the same encoder behind a finished Q-Former or BLIP-2, nothing trained"
+    ),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),
