@@ -27,11 +27,12 @@ BASELINE = "most_frequent_answer"
 
 @dataclass(frozen=True)
 class Scored:
-    """One answered question with its score, a fraction."""
+    """One question with its answer and score, a fraction; `given` is False where it has none and counts as wrong."""
 
     item: VqaItem
     answer: str
     score: float
+    given: bool = True
 
 
 Metric = dict[str, Any]  # value in percent, ci95, n
@@ -159,9 +160,9 @@ def _mme_official(rows: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _mme_extra(rows: Sequence[Scored]) -> dict[str, Metric]:
-    """Pictures with both questions right."""
+    """Pictures with both questions answered and right."""
     both = _groups(rows, lambda item: str(item.question_id).rsplit("/", 1)[0])
-    return {"accuracy_plus": metric([min(scores) for scores in both.values()], list(both))}
+    return {"accuracy_plus": metric([min(scores) if len(scores) == 2 else 0.0 for scores in both.values()], list(both))}
 
 
 def _groups(rows: Sequence[Scored], key: Callable[[VqaItem], Any]) -> dict[Any, list[float]]:
@@ -182,9 +183,11 @@ def _scienceqa_extra(rows: Sequence[Scored]) -> dict[str, Metric]:
 
 
 def _scienceqa_official(rows: Sequence[Scored]) -> dict[str, Any]:
-    with_image = [row.score for row in rows if row.item.facts.get("has_image")]
+    """IMG-Accuracy is over answered questions with a picture; the accuracy is over all, missing ones wrong."""
+    with_image = [row.score for row in rows if row.item.facts.get("has_image") and row.given]
     unread = sum(rules.parse_scienceqa(row.answer) == FAILED for row in rows)
-    out: dict[str, Any] = {"correct": int(sum(row.score for row in rows)), "count": len(rows), "unparsed": unread}
+    right = int(sum(row.score for row in rows))
+    out: dict[str, Any] = {"accuracy": 100 * right / len(rows), "correct": right, "count": len(rows), "unparsed": unread}
     return {**out, "img_accuracy": 100 * sum(with_image) / len(with_image) if with_image else None, "img_count": len(with_image)}
 
 
@@ -308,3 +311,23 @@ def summarise(
         "missing_questions": {str(name): answers.get(name, {}).get("missing", "not answered") for name in missing},
         **({"baseline_answers": {kind: baseline.get(kind, baseline[""]) for kind in kinds}} if baseline else {}),
     }
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """The summary for the terminal, a line a question kind."""
+    lines = [
+        f"{summary['benchmark']} · {summary['model']}: {summary['n']} answered, {summary['missing']} missing, {summary['seconds']:.0f} s"
+    ]
+    for name, value in summary["metrics"].items():
+        if not name.startswith(BASELINE):
+            _, slash, kind = name.partition("/")
+            guess = summary["metrics"].get(BASELINE + slash + kind) if name.split("/")[0] == summary["item_metric"] else None
+            low, high = value["ci95"]
+            line = f"  {name:28s} {value['value']:6.2f} %  [{low:.2f}, {high:.2f}]  n {value['n']:5d}"
+            lines.append(line + (f"  most frequent answer {guess['value']:.2f} %" if guess else ""))
+    plain = {name: value for name, value in summary.get("official", {}).items() if isinstance(value, int | float)}
+    if plain:
+        lines.append("  as the authors' code prints it: " + ", ".join(f"{name} {value:.6g}" for name, value in plain.items()))
+    if "grounding" in summary:
+        lines.append(f"  {summary['grounding']['sentence']}")
+    return "\n".join(lines)

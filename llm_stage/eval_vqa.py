@@ -23,7 +23,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llm_stage.asking import request_for
-from llm_stage.benchmark_scores import BASELINE, score, score_rows, summarise
+from llm_stage.benchmark_scores import score, score_rows, summarise, summary_text
 from llm_stage.benchmarks import (
     Benchmark,
     VqaItem,
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         summary["grounding"] = grounding(real, benchmark.control_of, benchmark.control, rows, out)
     atomic_write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n")
     write_manifest(out, identity, "finished", time.monotonic() - start)
-    print(as_text(summary))
+    print(summary_text(summary))
     return out
 
 
@@ -365,23 +365,6 @@ def baseline_answers(config: EvalVqaConfig, benchmark: Benchmark, items: Sequenc
     if config.train_annotations:
         return table, f"most frequent answer per question kind, counted in {Path(path).name}"
     return table, here
-
-
-def as_text(summary: Mapping[str, Any]) -> str:
-    """The summary for the terminal, a line a question kind."""
-    lines = [
-        f"{summary['benchmark']} · {summary['model']}: {summary['n']} answered, {summary['missing']} missing, {summary['seconds']:.0f} s"
-    ]
-    for name, value in summary["metrics"].items():
-        if not name.startswith(BASELINE):
-            _, slash, kind = name.partition("/")
-            guess = summary["metrics"].get(BASELINE + slash + kind) if name.split("/")[0] == summary["item_metric"] else None
-            low, high = value["ci95"]
-            line = f"  {name:28s} {value['value']:6.2f} %  [{low:.2f}, {high:.2f}]  n {value['n']:5d}"
-            lines.append(line + (f"  most frequent answer {guess['value']:.2f} %" if guess else ""))
-    if "grounding" in summary:
-        lines.append(f"  {summary['grounding']['sentence']}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ def yes_no_figures_lmms(texts: Sequence[str], labels: Sequence[str]) -> dict[str
 def mme_figures(rows: Sequence[tuple[str, str, bool]]) -> dict[str, Any]:
     """MME's scores: per subtask 100 times the share of right answers plus 100 times the share of pictures with both right.
 
+    A picture of which one question was left out does not have both right.
+
     Args:
         rows: (subtask, picture, right) of every question.
 
@@ -97,7 +99,8 @@ def mme_figures(rows: Sequence[tuple[str, str, bool]]) -> dict[str, Any]:
     per_subtask = {}
     for subtask, by_picture in pictures.items():
         flat = [right for rights in by_picture.values() for right in rights]
-        acc, plus = sum(flat) / len(flat), sum(all(rights) for rights in by_picture.values()) / len(by_picture)
+        plus = sum(len(rights) == 2 and all(rights) for rights in by_picture.values()) / len(by_picture)
+        acc = sum(flat) / len(flat)
         per_subtask[subtask] = {"acc": acc, "acc_plus": plus, "score": 100 * acc + 100 * plus}
     out: dict[str, Any] = {"per_subtask": per_subtask}
     for name, members in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
