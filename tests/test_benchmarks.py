@@ -11,15 +11,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from benchmark_tiny import MAKERS, Tiny, save
+from llava_tiny import tiny_llm, tiny_tower
 from PIL import Image
 
 from llm_stage import eval_vqa
 from llm_stage.asking import request_for
 from llm_stage.benchmark_scores import SCORERS
 from llm_stage.benchmarks import BENCHMARKS, CONTROLS, PROMPTS, READERS, choose, controlled, own_row, read_items
+from llm_stage.llava import build_llava
+from llm_stage.llava_folder import LlavaCard, save_llava
 from llm_stage.submissions import UPLOADS
+from mmkit import report
 from mmkit.errors import ConfigError, DataError, NameNotFound
+from mmkit.report_compare import comparisons, controls
+from mmkit.report_data import read_runs
 
 ROWS = [row for row in BENCHMARKS.values() if not row.control_of]
 VQA_ROWS = [row.name for row in ROWS if row.scorer != "captions"]
@@ -316,3 +323,41 @@ def test_own_sets_may_have_fewer_than_ten_answers_where_the_scorer_allows(tmp_pa
     assert summary["metrics"]["anls"]["n"] == 4
     with pytest.raises(NameNotFound, match="anls"):
         eval_vqa.main([*words, "--scorer", "anlss"])
+
+
+# ---- in the report, and by a real model --------------------------------------------------------------------------------
+
+
+def test_the_report_sets_every_control_beside_its_benchmark(tmp_path: Path, model: Knows) -> None:
+    tiny = made(tmp_path, "vqav2")
+    run(tmp_path, "vqav2", tiny, model, out="runs/clip/vqav2")
+    model.always = "red"
+    for control in CONTROLS:
+        run(tmp_path, "vqav2", tiny, model, "--control", control, out=f"runs/clip/vqav2_{control}")
+    data = read_runs([tmp_path / "runs"])
+    rows = controls(data)
+    assert [(row["benchmark"], row["kind"], row["share"]) for row in rows] == [("vqav2", control, 75.0) for control in CONTROLS]
+    assert data.benchmarks[0] == "vqav2"
+    assert comparisons(data) == []
+    text = (report.main([str(tmp_path / "runs")]) / "report.md").read_text()
+    assert "vqav2 (blank)" in text
+    assert "vqav2 (text only)" in text
+
+
+def test_a_real_model_answers_with_and_without_pictures_in_one_batch(tmp_path: Path) -> None:
+    llm, tokenizer = tiny_llm(0, tie=False)
+    with torch.no_grad():  # fresh weights hardly look at their input
+        for parameter in llm.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    built, processor = build_llava(tiny_tower(), (llm, tokenizer))
+    save_llava(built, processor, LlavaCard("tiny", "tiny", "chatml", "mlp2x_gelu"), tmp_path / "llava" / "model")
+    tiny = MAKERS["scienceqa"](tmp_path / "data")
+    words = ["--model", str(tmp_path / "llava" / "model"), "--questions", tiny.flags["questions"], "--images", tiny.flags["images"]]
+    words += ["--benchmark", "scienceqa", "--max_new_tokens", "6"]
+    said = {}
+    for control in ("", *CONTROLS):
+        folder = eval_vqa.main([*words, "--out", str(tmp_path / f"out_{control}"), *(["--control", control] if control else [])])
+        said[control] = {row["question_id"]: row["answer"] for row in map(json.loads, (folder / "answers.jsonl").read_text().splitlines())}
+    for control in CONTROLS:
+        assert said[control]["7"] == said[""]["7"]  # it has no picture to lose
+        assert said[control] != said[""]
