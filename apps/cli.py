@@ -61,7 +61,13 @@ COMMANDS: dict[str, Command] = {
     "eval goi": Command(
         "encoders.eval_goi:main", "name the object of a region from a frozen encoder's CLS: a linear probe, top-1 and top-5"
     ),
-    "eval vqa": Command("llm_stage.eval_vqa:main", "answer VQAv2-format questions; --shuffle_images is the control"),
+    "eval vqa": Command(
+        "llm_stage.eval_vqa:main",
+        "answer a benchmark's questions (VQAv2, GQA, POPE, ... or your own); --control shuffled, blank, text_only",
+    ),
+    "score": Command(
+        "llm_stage.score:main", "score answers that any other model made: mmkit score gqa --answers A.jsonl --questions Q --out DIR"
+    ),
     "eval qformer-retrieval": Command("llm_stage.eval_retrieval:main", "retrieval with a Q-Former: by contrast, and re-ranked by matching"),
     "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),
     "sweep": Command(

@@ -84,6 +84,17 @@ def read_captions(file: Path, root: Path, split: str = "test", first: int = 0, p
     return Captioned(root, tuple(str(places[image]) for image, _ in rows), captions, owner, tuple(notes))
 
 
+def caption_rows(file: Path, split: str = "test") -> Rows:
+    """The images of a caption file with their captions; images are not looked for.
+
+    Raises:
+        DataError: The file does not exist, or has another format.
+    """
+    if not file.is_file():
+        raise DataError(f"--captions {file}: {'it is a folder' if file.is_dir() else 'there is no such file'}; it should be {FORMATS}")
+    return _rows(file, split)[0]
+
+
 def _find_image(root: Path, name: str) -> str | None:
     for candidate in (name, name.replace("\\", "/").rsplit("/", 1)[-1]):
         if (root / candidate).is_file():

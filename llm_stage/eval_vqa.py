@@ -1,10 +1,12 @@
-"""Ask a LLaVA model the questions of a benchmark, and score its short answers as VQAv2 does.
+"""Ask a LLaVA model the questions of a benchmark, and score its answers by the benchmark's own rule.
 
     python llm_stage/eval_vqa.py --model runs/quickstart/llava/clip --questions Q.json --annotations A.json --images DIR --out DIR
-    ... --shuffle_images                   the control: every question before another question's picture
+    ... --benchmark pope --questions POPE_FOLDER --images val2014    a row of llm_stage/benchmarks.py, its files as downloaded
+    ... --control shuffled                 a control: another question's picture; blank, a grey one; text_only, none
 
 In the output folder: `answers.jsonl`, the model's words, one line a question as they come (a second start goes on where the first
-stopped); `scores.jsonl`, what they are worth; `summary.json`; `manifest.json`. Nothing is scored that was not answered.
+stopped); `scores.jsonl`, what they are worth; `summary.json`; `submission.*`, what the benchmark's server takes; `manifest.json`. Nothing
+is scored that was not answered.
 """
 
 from __future__ import annotations
@@ -14,26 +16,41 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from llm_stage.benchmarks import Benchmark, VqaItem, choose, most_frequent, read_items, read_json, shuffle_images
-from llm_stage.chat_format import Turn
-from llm_stage.generate import ChatModel, ChatRequest
+from llm_stage.asking import request_for
+from llm_stage.benchmark_scores import score, score_rows, summarise, summary_text
+from llm_stage.benchmarks import (
+    Benchmark,
+    VqaItem,
+    choose,
+    controlled,
+    data_type_of,
+    most_frequent,
+    most_frequent_of,
+    own_row,
+    prompt_words,
+    read_items,
+    read_json,
+)
+from llm_stage.generate import ChatModel
+from llm_stage.grounding import beside, grounding
 from llm_stage.models import model_folder
+from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.images import ImageError, open_image
+from mmkit.images import ImageError
 from mmkit.manifest import manifest
 from mmkit.records import Records, read_jsonl, repair
-from mmkit.scoring import vqa_accuracy
-from mmkit.stats import DRAWS, mean_interval
+from mmkit.stats import DRAWS
 
 _WINDOW, _WINDOWS = 1 << 16, 16  # of each file, what the fingerprint of a model reads
+_NO_PICTURES = ("blank", "text_only")  # controls that need no picture files
 
 
 @dataclass
@@ -41,12 +58,27 @@ class EvalVqaConfig:
     """Settings of one evaluation."""
 
     model: str = field(default="", metadata={"help": "folder of a trained LLaVA model, or a name of `mmkit list models`"})
-    questions: str = field(default="", metadata={"help": "VQAv2-format questions (JSON)"})
-    annotations: str = field(default="", metadata={"help": "VQAv2-format annotations with ten answers each (JSON)"})
-    images: str = field(default="", metadata={"help": "folder the pictures' names are relative to"})
+    questions: str = field(default="", metadata={"help": "the benchmark's question file (POPE, MME, ScienceQA: or its folder)"})
+    annotations: str = field(default="", metadata={"help": "the file of the answers, where it is another one (VQAv2, OK-VQA, own sets)"})
+    images: str = field(default="", metadata={"help": "folder the pictures' names are relative to (MMBench: where they are unpacked)"})
+    ocr: str = field(default="", metadata={"help": "TextVQA's Rosetta file, for textvqa_ocr"})
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, scores.jsonl, summary.json, manifest.json"})
-    benchmark: str = field(default="", metadata={"help": "row of llm_stage/benchmarks.py; empty goes by the question file, else own_vqa"})
-    shuffle_images: bool = field(default=False, metadata={"help": "the control: each question before another question's picture"})
+    benchmark: str = field(
+        default="",
+        metadata={"help": "row of llm_stage/benchmarks.py, or a YAML file with your own; empty goes by the question file, else own_vqa"},
+    )
+    scorer: str = field(default="", metadata={"help": "another scorer than the row's: vqa_2017, m4c, exact, anls, lmms_gqa, ..."})
+    prompt: str = field(default="", metadata={"help": "another prompt than the row's: a name of PROMPTS, or words with {question} in them"})
+    split: str = field(default="", metadata={"help": "of a file that holds several (ScienceQA); empty is the row's own"})
+    unlabelled: bool = field(default=False, metadata={"help": "a test split without public answers: only the submission is written"})
+    submission_questions: str = field(
+        default="", metadata={"help": "VQAv2's test-dev: the questions of all of test2015, whose ids the upload must hold"}
+    )
+    control: Literal["", "shuffled", "blank", "text_only"] = field(
+        default="", metadata={"help": "another question's picture, a grey one, or none: what is still right needs no picture"}
+    )
+    against: str = field(default="", metadata={"help": "a control: the evaluation with its own pictures; empty looks beside --out"})
+    shuffle_images: bool = field(default=False, metadata={"help": "the same as --control shuffled"})
     shuffle_seed: int = field(default=0, metadata={"help": "which shuffle; the same for all models that are compared"})
     train_annotations: str = field(default="", metadata={"help": "annotations of the train split, for the most-frequent-answer baseline"})
     batch_size: int = field(default=8, metadata={"help": "questions answered at once"})
@@ -58,17 +90,22 @@ class EvalVqaConfig:
     overwrite: bool = field(default=False, metadata={"help": "throw earlier answers in --out away"})
 
     def validate(self) -> None:
-        """Refuse a run without input or output.
+        """Refuse a run without input or output; take the files that a row of one's own names.
 
         Raises:
             ConfigError: The message names the flag.
         """
-        for name in ("model", "questions", "annotations", "images", "out"):
+        if self.benchmark.endswith((".yaml", ".yml")):
+            for name, path in own_row(self.benchmark)[1].items():
+                setattr(self, name, getattr(self, name) or path)
+        self.control = self.control or ("shuffled" if self.shuffle_images else "")
+        needs_pictures = self.control not in _NO_PICTURES and not self.benchmark.endswith(_NO_PICTURES)
+        for name in ("model", "questions", *(["images"] if needs_pictures else []), "out"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing; --help lists all settings")
         if self.batch_size < 1:
             raise ConfigError(f"--batch_size is {self.batch_size}; at least 1 is right")
-        if not Path(self.images).is_dir():
+        if self.images and not Path(self.images).is_dir() and not self.benchmark.startswith("mmbench"):
             raise ConfigError(f"--images '{self.images}' is no folder")
 
 
@@ -83,29 +120,54 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config = load_config(EvalVqaConfig, argv)
     out, start = Path(config.out), time.monotonic()
-    items, head = read_items(config.questions, config.annotations, config.images, config.limit)
-    benchmark = choose(config.benchmark, config.shuffle_images, str(head.get("data_type", "")))
-    if benchmark.shuffled:
-        items = shuffle_images(items, config.shuffle_seed)
-    baseline, baseline_from = baseline_answers(config)
+    benchmark = row_for(config)
+    more: dict[str, Any] = {"ocr": Path(config.ocr) if config.ocr else None, "split": config.split, "unlabelled": config.unlabelled}
+    items, head = read_items(config.questions, config.annotations, config.images or None, config.limit, benchmark, **more)
+    items = controlled(items, benchmark, config.shuffle_seed)
+    baseline, baseline_from = baseline_answers(config, benchmark, items)
     identity = identify(config, benchmark, head)
+    if config.against and not benchmark.control_of:
+        raise ConfigError(f"--against is for controls (--control shuffled, blank, text_only), and {benchmark.name} is none")
     model = ChatModel.load(config.model)
     open_folder(out, identity, config.overwrite)
     answers = answer_all(model, benchmark, items, config, out)
-    scores = score(items, answers, benchmark)
-    write_rows(out / "scores.jsonl", scores)
-    summary = summarise(items, scores, answers, baseline, benchmark)
+    if not benchmark.control_of:
+        write_submission(benchmark.upload, items, answers, out, Path(config.submission_questions) if config.submission_questions else None)
+    if config.unlabelled:
+        write_manifest(out, identity, "finished", time.monotonic() - start)
+        print(f"{benchmark.name} · {model.name}: {len(items)} questions without public answers; what the server takes is in {out}")
+        return out
+    scored = score(items, answers, benchmark.scoring)
+    rows = score_rows(scored)
+    write_rows(out / "scores.jsonl", rows)
     summary = {
         "benchmark": benchmark.name,
         "model": model.name,
         "protocol": {**protocol(config, benchmark, head), "baseline": baseline_from},
-        **summary,
+        **summarise(items, scored, answers, baseline, benchmark.scoring),
         "encoder": model.encoder_card(),
     }
+    real = Path(config.against) if config.against else beside(out, benchmark.control_of, identity) if benchmark.control_of else None
+    if real is not None:
+        summary["grounding"] = grounding(real, benchmark.control_of, benchmark.control, rows, out)
     atomic_write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n")
     write_manifest(out, identity, "finished", time.monotonic() - start)
-    print(as_text(summary))
+    print(summary_text(summary))
     return out
+
+
+def row_for(config: EvalVqaConfig) -> Benchmark:
+    """The benchmark's row with the scorer, the prompt and the control that were asked for.
+
+    Raises:
+        ConfigError: It is one of captions, which are scored by another command.
+    """
+    row = choose(config.benchmark, config.control, "" if config.benchmark else data_type_of(config.questions))
+    row = replace(row, scorer=config.scorer or row.scorer, prompt=prompt_words(config.prompt) if config.prompt else row.prompt)
+    if row.scorer == "captions":
+        raise ConfigError(f"{row.name} is a benchmark of captions: mmkit eval captions --benchmark {row.name}")
+    row.scoring  # noqa: B018 - an unknown scorer is refused before anything is read
+    return row
 
 
 # ---- what was asked, and of whom ---------------------------------------------------------------------------------------------------
@@ -122,6 +184,8 @@ def identify(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
         "questions_sha256": head["sha256"],
         "shuffle_seed": config.shuffle_seed if benchmark.shuffled else None,
         "limit": config.limit,
+        **({"ocr": hashlib.sha256(Path(config.ocr).read_bytes()).hexdigest()} if config.ocr else {}),
+        **({"split": config.split} if config.split else {}),
     }
 
 
@@ -143,15 +207,18 @@ def fingerprint(folder: Path) -> str:
 def protocol(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader needs to repeat or to doubt the figures; `images` is relative to the summary's folder."""
     return {
-        "prompt": "<image>\n" + benchmark.prompt,
+        "prompt": ("" if benchmark.control == "text_only" else "<image>\n") + benchmark.prompt,
+        "prompt_name": benchmark.prompt_name,
         "decoding": "greedy",
         "max_new_tokens": config.max_new_tokens or benchmark.max_new_tokens,
         "scorer": benchmark.scorer,
         "batch_size": config.batch_size,
         "questions": Path(config.questions).name,
         "questions_sha256": head["sha256"],
-        "annotations_sha256": head["annotations_sha256"],
-        "images": os.path.relpath(config.images, config.out),
+        "annotations_sha256": head.get("annotations_sha256", head["sha256"]),
+        "split": config.split or benchmark.split or None,
+        "images": os.path.relpath(config.images or ".", config.out),
+        "control": benchmark.control or None,
         "shuffle_seed": config.shuffle_seed if benchmark.shuffled else None,
         "limit": config.limit or None,
         "interval": f"95 % percentile bootstrap, {DRAWS} draws, resampled by image",
@@ -166,7 +233,15 @@ def open_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -> None
     """
     path = out / "manifest.json"
     if overwrite:
-        for name in ("answers.jsonl", "scores.jsonl", "summary.json", "manifest.json"):
+        for name in (
+            "answers.jsonl",
+            "scores.jsonl",
+            "summary.json",
+            "manifest.json",
+            "submission.json",
+            "submission.jsonl",
+            "submission.xlsx",
+        ):
             (out / name).unlink(missing_ok=True)
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8")).get("identity", {})
@@ -234,13 +309,13 @@ def answer_batch(
     began, requests, asked = time.monotonic(), [], []
     for item in batch:
         try:
-            image = open_image(Path(config.images) / item.image, where=f"question {item.question_id} of {config.questions}")
+            request = request_for(item, benchmark, config.images, f"question {item.question_id} of {config.questions}")
         except ImageError as error:
             if config.on_bad_sample == "error":
                 raise
             yield {**_row(item, benchmark), "missing": str(error)}
             continue
-        requests.append(ChatRequest(turns=[Turn("user", f"<image>\n{benchmark.ask(item.question)}")], images=[image]))
+        requests.append(request)
         asked.append(item)
     if not requests:
         return
@@ -252,7 +327,7 @@ def answer_batch(
 
 def _row(item: VqaItem, benchmark: Benchmark) -> dict[str, Any]:
     row: dict[str, Any] = {"question_id": item.question_id, "image": item.image, "question": item.question, "kind": item.kind}
-    return {**row, "own_image": item.own_image} if benchmark.shuffled else row
+    return {**row, "own_image": item.own_image} if benchmark.control_of else row
 
 
 def forget_missing(path: Path) -> None:
@@ -274,81 +349,22 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 # ---- scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def score(items: Sequence[VqaItem], answers: Mapping[Any, Mapping[str, Any]], benchmark: Benchmark) -> list[dict[str, Any]]:
-    """Score every answer in the order of the questions: fractions from 0 to 1. A question without answer has no row."""
-    rows = []
-    for item in items:
-        answer = answers.get(item.question_id, {}).get("answer")
-        if answer is None:
-            continue
-        value = vqa_accuracy(answer, item.answers, benchmark.scorer)
-        row = {"question_id": item.question_id, "score": round(value, 4), "kind": item.kind, "image": item.own_image}
-        rows.append({**row, "reference": item.reference, "answer": answer})
-    return rows
-
-
-def baseline_answers(config: EvalVqaConfig) -> tuple[dict[str, str], str]:
-    """The most frequent answer per question kind, and a sentence on where it was counted."""
+def baseline_answers(config: EvalVqaConfig, benchmark: Benchmark, items: Sequence[VqaItem]) -> tuple[dict[str, str], str]:
+    """The most frequent answer per question kind, and a sentence on where it was counted; nothing for a split without answers."""
+    if config.unlabelled:
+        return {}, ""
+    here = "most frequent answer per question kind, counted in the evaluated set itself (higher than an honest guess)"
+    if benchmark.reader != "vqa":
+        if config.train_annotations:
+            raise ConfigError(
+                f"--train_annotations is for benchmarks in VQAv2's format, and {benchmark.name} is read as {benchmark.reader}"
+            )
+        return most_frequent_of([(item.kind, item.reference) for item in items]), here
     path = config.train_annotations or config.annotations
     table = most_frequent(read_json(path, "annotations")["annotations"], path)
     if config.train_annotations:
         return table, f"most frequent answer per question kind, counted in {Path(path).name}"
-    return table, "most frequent answer per question kind, counted in the evaluated set itself (higher than an honest guess)"
-
-
-def summarise(
-    items: Sequence[VqaItem],
-    scores: Sequence[Mapping[str, Any]],
-    answers: Mapping[Any, Mapping[str, Any]],
-    baseline: Mapping[str, str],
-    benchmark: Benchmark,
-) -> dict[str, Any]:
-    """Average with intervals: all questions, each kind, and the baseline on the same answered questions; values in percent."""
-    missing = [item.question_id for item in items if item.question_id not in {row["question_id"] for row in scores}]
-    if not scores:
-        raise DataError(f"none of {len(items)} questions has an answer: there is nothing to score")
-    by_id = {item.question_id: item for item in items}
-    guesses = {
-        row["question_id"]: vqa_accuracy(baseline.get(row["kind"], baseline[""]), by_id[row["question_id"]].answers, benchmark.scorer)
-        for row in scores
-    }
-    metrics = {}
-    kinds = sorted({row["kind"] for row in scores})
-    for kind in ["", *(kinds if len(kinds) > 1 else [])]:
-        rows = [row for row in scores if kind in ("", row["kind"])]
-        images = [row["image"] for row in rows]
-        suffix = f"/{kind}" if kind else ""
-        metrics[f"vqa_accuracy{suffix}"] = metric([row["score"] for row in rows], images)
-        metrics[f"most_frequent_answer{suffix}"] = metric([guesses[row["question_id"]] for row in rows], images)
-    return {
-        "n": len(scores),
-        "metrics": metrics,
-        "seconds": round(sum(float(row.get("seconds", 0.0)) for row in answers.values()), 1),
-        "missing": len(missing),
-        "missing_questions": {str(name): answers.get(name, {}).get("missing", "not answered") for name in missing},
-        "baseline_answers": {kind: baseline.get(kind, baseline[""]) for kind in kinds},
-    }
-
-
-def metric(values: Sequence[float], images: Sequence[str]) -> dict[str, Any]:
-    """One entry of `metrics`: percent with a 95 % interval, resampled by image."""
-    estimate = mean_interval(values, images).scaled(100)
-    return {"value": round(estimate.value, 2), "ci95": [round(estimate.low, 2), round(estimate.high, 2)], "n": estimate.n}
-
-
-def as_text(summary: Mapping[str, Any]) -> str:
-    """The summary for the terminal, a line a question kind."""
-    lines = [
-        f"{summary['benchmark']} · {summary['model']}: {summary['n']} answered, {summary['missing']} missing, {summary['seconds']:.0f} s"
-    ]
-    for name, value in summary["metrics"].items():
-        if name.startswith("vqa_accuracy"):
-            guess = summary["metrics"][name.replace("vqa_accuracy", "most_frequent_answer")]["value"]
-            low, high = value["ci95"]
-            lines.append(
-                f"  {name:28s} {value['value']:6.2f} %  [{low:.2f}, {high:.2f}]  n {value['n']:5d}  most frequent answer {guess:.2f} %"
-            )
-    return "\n".join(lines)
+    return table, here
 
 
 if __name__ == "__main__":

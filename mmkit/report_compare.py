@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmkit import stats
-from mmkit.report_data import BASELINE, CONTROL_SUFFIX, Evaluation, Item, RunData
+from mmkit.report_data import BASELINE, CONTROL_SUFFIX, CONTROL_SUFFIXES, Evaluation, Item, RunData
 
 LEVEL = 0.05
 EXAMPLES = 12  # a benchmark
@@ -45,7 +45,7 @@ def comparisons(data: RunData) -> list[dict[str, Any]]:
     """Compare every two encoders on the questions that both answered, the better one first; p-values adjusted over all (Holm)."""
     rows = []
     for benchmark in data.benchmarks:
-        if benchmark.endswith(CONTROL_SUFFIX):
+        if benchmark.endswith(CONTROL_SUFFIXES):
             continue
         for first, second in itertools.combinations(data.encoders, 2):
             one, other = data.find(first, benchmark), data.find(second, benchmark)
@@ -123,15 +123,15 @@ def p_text(p: float) -> str:
 
 
 def controls(data: RunData) -> list[dict[str, Any]]:
-    """For every encoder with a control: the score minus the score before other questions' pictures, on the same questions."""
+    """For every encoder and control: the score minus the score before other, grey or no pictures, on the same questions."""
     rows = []
-    for benchmark in data.benchmarks:
-        for encoder in data.encoders:
-            real, control = data.find(encoder, benchmark), data.find(encoder, benchmark + CONTROL_SUFFIX)
-            if real is None or control is None:
-                continue
+    pairs = itertools.product(data.benchmarks, data.encoders, CONTROL_SUFFIXES)
+    for benchmark, encoder, suffix in pairs:
+        real, control = data.find(encoder, benchmark), data.find(encoder, benchmark + suffix)
+        if real is not None and control is not None:
             with_image, without = real.metrics[real.main], control.metrics[control.main]
             row: dict[str, Any] = {"benchmark": benchmark, "encoder": encoder, "metric": real.main, "score": with_image, "control": without}
+            row["kind"] = suffix.removeprefix("_")
             row["apart"] = with_image["ci95"][0] > without["ci95"][1]
             row["baseline"] = real.metrics.get(BASELINE)
             row["difference"], row["ci95"] = with_image["value"] - without["value"], None
@@ -140,6 +140,7 @@ def controls(data: RunData) -> list[dict[str, Any]]:
                 clusters = [real.items[name].cluster for name in shared]
                 gain = stats.paired_bootstrap(scores(real, shared), scores(control, shared), clusters).scaled(100)
                 row |= {"difference": gain.value, "ci95": [gain.low, gain.high], "n": len(shared)}
+            row["share"] = 100 * row["difference"] / with_image["value"] if with_image["value"] else None
             row["headline"], row["evidence"] = control_claim(row)
             row["sentence"] = f"{row['headline']}: {row['evidence']}."
             rows.append(row)
@@ -149,8 +150,11 @@ def controls(data: RunData) -> list[dict[str, Any]]:
 def control_claim(row: Mapping[str, Any]) -> tuple[str, str]:
     """Say in plain words whether the model looks at the picture, and on what evidence."""
     own, others = row["score"]["value"], row["control"]["value"]
-    evidence = f"{own:.1f} % with its own pictures, {others:.1f} % with others' ({row['difference']:+.1f} points, intervals "
+    shown = {"blank": "before a grey one", "text_only": "without any"}.get(row["kind"], "with others'")
+    evidence = f"{own:.1f} % with its own pictures, {others:.1f} % {shown} ({row['difference']:+.1f} points, intervals "
     evidence += "apart)" if row["apart"] else "overlap)"
+    if row["apart"] and row["share"] is not None:
+        evidence += f"; {row['share']:.0f} % of the score need the picture"
     if row["baseline"]:
         evidence += f"; the most frequent answer alone gives {row['baseline']['value']:.1f} %"
     if row["apart"]:
@@ -162,7 +166,7 @@ def kinds(data: RunData) -> list[dict[str, Any]]:
     """A table for each benchmark whose metrics are split by question kind: kind -> encoder -> score, control, baseline."""
     tables = []
     for benchmark in data.benchmarks:
-        if benchmark.endswith(CONTROL_SUFFIX):
+        if benchmark.endswith(CONTROL_SUFFIXES):
             continue
         rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"cells": {}})
         for encoder in data.encoders:
@@ -187,7 +191,7 @@ def examples(data: RunData, limit: int = EXAMPLES) -> list[dict[str, Any]]:
     for benchmark in data.benchmarks:
         found = [data.find(encoder, benchmark) for encoder in data.encoders]
         evaluations = [evaluation for evaluation in found if evaluation is not None and evaluation.items]
-        if benchmark.endswith(CONTROL_SUFFIX) or not evaluations:
+        if benchmark.endswith(CONTROL_SUFFIXES) or not evaluations:
             continue
         shared = [name for name in evaluations[0].items if all(name in e.items for e in evaluations[1:])]
         shared = [name for name in shared if evaluations[0].items[name].image is not None]

@@ -19,6 +19,7 @@ from mmkit.errors import DataError
 from mmkit.records import read_jsonl
 
 CONTROL_SUFFIX = "_shuffled"
+CONTROL_SUFFIXES = (CONTROL_SUFFIX, "_blank", "_text_only")  # another question's picture, a grey one, none
 BASELINE = "most_frequent_answer"
 MAIN_METRICS = ("vqa_accuracy", "top1")  # the first that a summary has is its headline; else its first metric
 _SKIP = {"checkpoints", "probe_heads", "images", "classification", ".git", ".venv", "node_modules"}
@@ -61,8 +62,8 @@ class Evaluation:
 
     @property
     def is_control(self) -> bool:
-        """True where the pictures were shuffled."""
-        return self.benchmark.endswith(CONTROL_SUFFIX)
+        """True where the pictures were shuffled, blank or left out."""
+        return self.benchmark.endswith(CONTROL_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,16 @@ class RunData:
     def benchmarks(self) -> list[str]:
         """Names of all benchmarks, in order, controls after their own."""
         names = dict.fromkeys(evaluation.benchmark for evaluation in self.evaluations)
-        return sorted(names, key=lambda name: (name.removesuffix(CONTROL_SUFFIX), name))
+        return sorted(names, key=lambda name: (without_control(name), name))
 
     def find(self, encoder: str, benchmark: str) -> Evaluation | None:
         """The evaluation of an encoder on a benchmark, if there is one."""
         return next((e for e in self.evaluations if (e.encoder, e.benchmark) == (encoder, benchmark)), None)
+
+
+def without_control(benchmark: str) -> str:
+    """The benchmark that a control is one of; a benchmark itself stays."""
+    return next((benchmark.removesuffix(suffix) for suffix in CONTROL_SUFFIXES if benchmark.endswith(suffix)), benchmark)
 
 
 def read_runs(roots: Sequence[Path]) -> RunData:

@@ -45,8 +45,8 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _MAX_PERIODS = 32  # the official call passes re.UNICODE (32) where re.sub takes a count
 PEOPLE = 10
 
-VqaVariant = Literal["vqa_2021", "vqa_2017", "m4c", "lmms_vqav2"]
-VQA_VARIANTS: tuple[VqaVariant, ...] = ("vqa_2021", "vqa_2017", "m4c", "lmms_vqav2")
+VqaVariant = Literal["vqa_2021", "vqa_2017", "m4c", "lmms_vqav2", "vizwiz"]
+VQA_VARIANTS: tuple[VqaVariant, ...] = ("vqa_2021", "vqa_2017", "m4c", "lmms_vqav2", "vizwiz")
 
 
 def clean(text: str) -> str:
@@ -115,11 +115,20 @@ def _lmms_vqav2(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
     return normalise_answer(prediction), [normalise_answer(answer) for answer in answers]
 
 
+def _vizwiz(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
+    """The prediction in full normal form, the references as published.
+
+    The contractions are VQA's; in VizWiz's own table they have typographic apostrophes, so that "dont" meets no reference there.
+    """
+    return normalise_answer(prediction), answers
+
+
 _NORMAL_FORMS: Mapping[str, Callable[[str, list[str]], tuple[str, list[str]]]] = {
     "vqa_2021": _vqa_2021,
     "vqa_2017": _vqa_2017,
     "m4c": _m4c,
     "lmms_vqav2": _lmms_vqav2,
+    "vizwiz": _vizwiz,
 }
 
 
