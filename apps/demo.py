@@ -288,12 +288,12 @@ def example_images(count: int, seed: int = 7) -> list[Image.Image]:
 
 def load_models(folders: Sequence[str]) -> ModelShelf:
     """Load all models before the page opens, so that a folder that does not load is said at once."""
-    from llm_stage.generate import ChatModel
+    from llm_stage.chat_models import load_chat
 
     models: list[Answerer] = []
     for folder in folders:
         print(f"loading {folder} ...", flush=True)
-        models.append(ChatModel.load(folder))
+        models.append(load_chat(folder))
     return ModelShelf(models)
 
 

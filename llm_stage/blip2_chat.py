@@ -37,14 +37,15 @@ class Blip2Chat:
     Args:
         parts: Encoder, model and words, in eval mode, on their device.
         name: For tables and labels.
+        verbatim: What a user says is the whole prompt, as benchmarks have it; else it is a question and put into the model's own prompt.
 
     Attributes:
         last_batch_size: Rows of the last batch: smaller than asked for, after memory ran out.
         encoded: Images that went through the encoder so far.
     """
 
-    def __init__(self, parts: Blip2Parts, name: str) -> None:
-        self.parts, self.name, self.card = parts, name, parts.card
+    def __init__(self, parts: Blip2Parts, name: str, verbatim: bool = False) -> None:
+        self.parts, self.name, self.card, self.verbatim = parts, name, parts.card, verbatim
         self.model, self.text, self.tokenizer = parts.model, parts.text, parts.text.tokenizer
         self.tokens_per_image, self.stop_ids = parts.model.config.queries, parts.text.stop_ids
         self.last_batch_size = self.encoded = 0
@@ -52,7 +53,13 @@ class Blip2Chat:
 
     @classmethod
     def load(
-        cls, folder: Path | str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, name: str | None = None
+        cls,
+        folder: Path | str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        verbatim: bool = False,
     ) -> Blip2Chat:
         """Load a BLIP-2 folder.
 
@@ -61,11 +68,13 @@ class Blip2Chat:
             device: None is the accelerator if there is one.
             dtype: Of the language model; None is float32 on a CPU, bfloat16 on an accelerator.
             name: For tables; None is taken from the folder.
+            verbatim: As above.
         """
         device = torch.device(device) if device is not None else _best_device()
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         resolved = Path(folder).resolve()
-        return cls(load_blip2(folder, dtype).to(device), name or (resolved.parent.name if resolved.name == "model" else resolved.name))
+        name = name or (resolved.parent.name if resolved.name == "model" else resolved.name)
+        return cls(load_blip2(folder, dtype).to(device), name, verbatim)
 
     # -- answers ------------------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +193,11 @@ class Blip2Chat:
         marks = sum(turn.text.count(IMAGE_MARK) for turn in request.turns if turn.role == "user")
         if marks > 1:
             raise DataError(f"{where}: {marks} times {IMAGE_MARK} and one image; a BLIP-2 has it in front of everything")
-        ids = self.text.prompt(prompt_text(request.turns, self.card.prompt, self.card.caption_prompt))
+        if self.verbatim:
+            said = request.turns[-1].text.removeprefix(f"{IMAGE_MARK}\n")
+        else:
+            said = prompt_text(request.turns, self.card.prompt, self.card.caption_prompt)
+        ids = self.text.prompt(said)
         config: Any = self.model.language_model.config
         limit = getattr(config, "max_position_embeddings", None)
         if limit and len(ids) + self.tokens_per_image >= limit:

@@ -37,13 +37,15 @@ from llm_stage.benchmarks import (
     read_items,
     read_json,
 )
-from llm_stage.generate import ChatModel
+from llm_stage.blip2_folder import is_blip2, read_blip2_file
+from llm_stage.blip2_protocols import PROTOCOLS
+from llm_stage.chat_models import Chat, load_chat
 from llm_stage.grounding import beside, grounding
 from llm_stage.models import model_folder
 from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
-from mmkit.errors import ConfigError, DataError
+from mmkit.errors import ConfigError, DataError, find
 from mmkit.images import ImageError
 from mmkit.manifest import manifest
 from mmkit.records import Records, read_jsonl, repair
@@ -57,7 +59,7 @@ _NO_PICTURES = ("blank", "text_only")  # controls that need no picture files
 class EvalVqaConfig:
     """Settings of one evaluation."""
 
-    model: str = field(default="", metadata={"help": "folder of a trained LLaVA model, or a name of `mmkit list models`"})
+    model: str = field(default="", metadata={"help": "folder of a trained LLaVA or BLIP-2, or a name of `mmkit list models`"})
     questions: str = field(default="", metadata={"help": "the benchmark's question file (POPE, MME, ScienceQA: or its folder)"})
     annotations: str = field(default="", metadata={"help": "the file of the answers, where it is another one (VQAv2, OK-VQA, own sets)"})
     images: str = field(default="", metadata={"help": "folder the pictures' names are relative to (MMBench: where they are unpacked)"})
@@ -69,6 +71,7 @@ class EvalVqaConfig:
     )
     scorer: str = field(default="", metadata={"help": "another scorer than the row's: vqa_2017, m4c, exact, anls, lmms_gqa, ..."})
     prompt: str = field(default="", metadata={"help": "another prompt than the row's: a name of PROMPTS, or words with {question} in them"})
+    protocol: str = field(default="", metadata={"help": f"BLIP-2's prompt and decoding by name: {', '.join(PROTOCOLS)}"})
     split: str = field(default="", metadata={"help": "of a file that holds several (ScienceQA); empty is the row's own"})
     unlabelled: bool = field(default=False, metadata={"help": "a test split without public answers: only the submission is written"})
     submission_questions: str = field(
@@ -128,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     identity = identify(config, benchmark, head)
     if config.against and not benchmark.control_of:
         raise ConfigError(f"--against is for controls (--control shuffled, blank, text_only), and {benchmark.name} is none")
-    model = ChatModel.load(config.model)
+    model = load_chat(config.model, verbatim=True)
     open_folder(out, identity, config.overwrite)
     answers = answer_all(model, benchmark, items, config, out)
     if not benchmark.control_of:
@@ -164,10 +167,33 @@ def row_for(config: EvalVqaConfig) -> Benchmark:
     """
     row = choose(config.benchmark, config.control, "" if config.benchmark else data_type_of(config.questions))
     row = replace(row, scorer=config.scorer or row.scorer, prompt=prompt_words(config.prompt) if config.prompt else row.prompt)
+    row = blip2_row(row, config)
     if row.scorer == "captions":
         raise ConfigError(f"{row.name} is a benchmark of captions: mmkit eval captions --benchmark {row.name}")
     row.scoring  # noqa: B018 - an unknown scorer is refused before anything is read
     return row
+
+
+def blip2_row(row: Benchmark, config: EvalVqaConfig) -> Benchmark:
+    """A BLIP-2 is asked by its own prompt, or by a protocol's.
+
+    Raises:
+        ConfigError: A protocol was named for another model, or beside a prompt.
+    """
+    blip2 = is_blip2(model_folder(config.model))
+    if config.protocol and (not blip2 or config.prompt):
+        raise ConfigError(f"--protocol {config.protocol} holds BLIP-2's prompt and decoding: for a BLIP-2 folder, and without --prompt")
+    if config.protocol:
+        chosen = find("BLIP-2 protocol", PROTOCOLS, config.protocol)
+        return replace(row, prompt=chosen.prompt, max_new_tokens=chosen.max_new_tokens)
+    if blip2 and not config.prompt:
+        return replace(row, prompt=read_blip2_file(config.model)[0].prompt.replace("{}", "{question}"))
+    return row
+
+
+def decoding_of(config: EvalVqaConfig) -> dict[str, Any]:
+    """What a protocol says of decoding; {} is greedy."""
+    return PROTOCOLS[config.protocol].decoding if config.protocol else {}
 
 
 # ---- what was asked, and of whom ---------------------------------------------------------------------------------------------------
@@ -186,6 +212,7 @@ def identify(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
         "limit": config.limit,
         **({"ocr": hashlib.sha256(Path(config.ocr).read_bytes()).hexdigest()} if config.ocr else {}),
         **({"split": config.split} if config.split else {}),
+        **({"decoding": decoding_of(config)} if config.protocol else {}),
     }
 
 
@@ -209,7 +236,8 @@ def protocol(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
     return {
         "prompt": ("" if benchmark.control == "text_only" else "<image>\n") + benchmark.prompt,
         "prompt_name": benchmark.prompt_name,
-        "decoding": "greedy",
+        "decoding": decoding_of(config) or "greedy",
+        "protocol": config.protocol or None,
         "max_new_tokens": config.max_new_tokens or benchmark.max_new_tokens,
         "scorer": benchmark.scorer,
         "batch_size": config.batch_size,
@@ -265,9 +293,7 @@ def write_manifest(out: Path, identity: Mapping[str, Any], state: str, seconds: 
 # ---- answers -----------------------------------------------------------------------------------------------------------------------
 
 
-def answer_all(
-    model: ChatModel, benchmark: Benchmark, items: Sequence[VqaItem], config: EvalVqaConfig, out: Path
-) -> dict[Any, dict[str, Any]]:
+def answer_all(model: Chat, benchmark: Benchmark, items: Sequence[VqaItem], config: EvalVqaConfig, out: Path) -> dict[Any, dict[str, Any]]:
     """Answer what has no answer yet, a batch at a time, each flushed to disk.
 
     Returns:
@@ -303,7 +329,7 @@ def answer_all(
 
 
 def answer_batch(
-    model: ChatModel, benchmark: Benchmark, batch: Sequence[VqaItem], config: EvalVqaConfig, limit: int
+    model: Chat, benchmark: Benchmark, batch: Sequence[VqaItem], config: EvalVqaConfig, limit: int
 ) -> Iterator[dict[str, Any]]:
     """Answer one batch; a picture that cannot be read gives a row without answer, if that is allowed."""
     began, requests, asked = time.monotonic(), [], []
@@ -319,7 +345,7 @@ def answer_batch(
         asked.append(item)
     if not requests:
         return
-    texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, temperature=0.0)
+    texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, temperature=0.0, **decoding_of(config))
     seconds = round((time.monotonic() - began) / len(asked), 4)
     for item, text in zip(asked, texts, strict=True):
         yield {**_row(item, benchmark), "answer": text.strip(), "seconds": seconds}

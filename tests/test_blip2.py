@@ -15,6 +15,7 @@ from test_qformer import GOLDEN, close, load_golden, made
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
+from llm_stage import eval_vqa
 from llm_stage.blip2 import Blip2, Texts, from_stage1, text_loss
 from llm_stage.blip2_chat import Blip2Chat, prompt_text
 from llm_stage.blip2_folder import Blip2Parts, load_blip2
@@ -378,3 +379,25 @@ def test_load_llm_leaves_other_callers_their_image_token() -> None:
     """`load_any_llm` reads a model as it is; LLaVA's loader still adds its placeholder."""
     _, tokenizer = load_llm("mini-llm")
     assert "<image>" in tokenizer.all_special_tokens
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_asked_in_the_models_own_words_or_a_protocols(material: Path, trained: Path, tmp_path: Path) -> None:
+    words = ["--model", str(trained / "model"), "--questions", str(material / "questions.json"), "--images", str(material / "images")]
+    words += ["--annotations", str(material / "annotations.json"), "--batch_size", "4"]
+    plain = json.loads((eval_vqa.main([*words, "--out", str(tmp_path / "plain")]) / "summary.json").read_text())
+    assert plain["protocol"]["prompt"].endswith("Question: {question} Short answer:")
+    assert plain["protocol"]["decoding"] == "greedy"
+    assert plain["n"] == 16
+    assert plain["encoder"]["downstream"] == "BLIP-2 (train)"
+    named = json.loads((eval_vqa.main([*words, "--out", str(tmp_path / "named"), "--protocol", "paper_opt"]) / "summary.json").read_text())
+    assert named["protocol"]["prompt"].endswith("Question: {question} Answer:")
+    assert named["protocol"]["decoding"]["num_beams"] == 5
+    asked_as = {row["question_id"]: row["answer"] for row in read_jsonl(tmp_path / "plain" / "answers.jsonl")}
+    chat = Blip2Chat.load(trained / "model")
+    question = ChatRequest([Turn("user", "what colour is it")], [material / "images" / "03.png"])
+    assert chat.generate([question], 64) == [asked_as[3]]
+    with pytest.raises(ConfigError, match="--protocol paper_opt holds BLIP-2's prompt and decoding"):
+        eval_vqa.main([*words, "--out", str(tmp_path / "no"), "--protocol", "paper_opt", "--model", "mini-chat"])
