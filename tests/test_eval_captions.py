@@ -61,18 +61,8 @@ def flags(tmp_path: Path, name: str, out: str = "out", *more: str) -> list[str]:
     root = tmp_path / "data" / name
     tiny = MAKERS[name](root)
     words = ["--model", str(tmp_path / "model"), "--benchmark", name, "--annotations", tiny.flags["questions"]]
-    return [
-        *words,
-        "--images",
-        tiny.flags["images"],
-        "--tokeniser",
-        "ptb_python",
-        "--java_metrics",
-        "[none]",
-        "--out",
-        str(tmp_path / out),
-        *more,
-    ]
+    words += ["--images", tiny.flags["images"], "--out", str(tmp_path / out), "--batch_size", "3"]
+    return [*words, "--tokeniser", "ptb_python", "--java_metrics", "[none]", *more]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
