@@ -65,6 +65,9 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.eval_vqa:main",
         "answer a benchmark's questions (VQAv2, GQA, POPE, ... or your own); --control shuffled, blank, text_only",
     ),
+    "eval captions": Command(
+        "llm_stage.eval_captions:main", "caption COCO, NoCaps, Flickr30k or your own images: CIDEr, BLEU, ROUGE-L, METEOR"
+    ),
     "score": Command(
         "llm_stage.score:main", "score answers that any other model made: mmkit score gqa --answers A.jsonl --questions Q --out DIR"
     ),

@@ -41,7 +41,7 @@ from llm_stage.blip2_folder import is_blip2, read_blip2_file
 from llm_stage.blip2_protocols import PROTOCOLS
 from llm_stage.chat_models import Chat, load_chat
 from llm_stage.grounding import beside, grounding
-from llm_stage.models import model_folder
+from llm_stage.models import fingerprint, model_folder
 from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
@@ -51,7 +51,6 @@ from mmkit.manifest import manifest
 from mmkit.records import Records, read_jsonl, repair
 from mmkit.stats import DRAWS
 
-_WINDOW, _WINDOWS = 1 << 16, 16  # of each file, what the fingerprint of a model reads
 _NO_PICTURES = ("blank", "text_only")  # controls that need no picture files
 
 
@@ -214,21 +213,6 @@ def identify(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
         **({"split": config.split} if config.split else {}),
         **({"decoding": decoding_of(config)} if config.protocol else {}),
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash a model folder: names, sizes and samples of every file. A whole 14 GB model would take a minute at every start."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with open(path, "rb") as file:
-            for index in range(_WINDOWS):
-                file.seek(max(0, size - _WINDOW) * index // (_WINDOWS - 1))
-                digest.update(file.read(_WINDOW))
-                if size <= _WINDOW:
-                    break
-    return digest.hexdigest()[:16]
 
 
 def protocol(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any]) -> dict[str, Any]:

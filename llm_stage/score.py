@@ -19,6 +19,7 @@ from llm_stage.answer_files import Given, check_complete, read_answers
 from llm_stage.benchmark_files import VqaItem, file_hash
 from llm_stage.benchmark_scores import Scored, score, score_rows, summarise, summary_text
 from llm_stage.benchmarks import Benchmark, choose, data_type_of, most_frequent_of, own_row, read_items
+from llm_stage.caption_scores import check_java_metrics, choose_tokeniser, cut, summarise_captions
 from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
@@ -48,6 +49,10 @@ class ScoreConfig:
     split: str = field(default="", metadata={"help": "of a file that holds several (ScienceQA); empty is the row's own"})
     prompt: str = field(default="", metadata={"help": "what the model was asked, for the record"})
     decoding: str = field(default="", metadata={"help": "how it decoded (greedy, beam 5, ...), for the record"})
+    tokeniser: Literal["auto", "ptb_java", "ptb_python"] = field(
+        default="auto", metadata={"help": "captions: what cuts them into words; auto is CoreNLP's own where Java and pycocoevalcap are"}
+    )
+    java_metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"help": "captions: [meteor], [meteor, spice], [none]"})
     missing: Literal["error", "leave_out", "wrong"] = field(
         default="error",
         metadata={"help": "questions without an answer: refuse the file, report them beside the score, count them as wrong"},
@@ -63,6 +68,7 @@ class ScoreConfig:
         if self.benchmark.endswith((".yaml", ".yml")):
             for name, path in own_row(self.benchmark)[1].items():
                 setattr(self, name, getattr(self, name) or path)
+        self.questions = self.questions or self.annotations  # captions and other one-file sets may be given under either name
         for name in ("answers", "questions", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing; mmkit score BENCHMARK --answers A.jsonl --questions Q --annotations A --out DIR")
@@ -85,17 +91,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     row = replace(row, scorer=config.scorer or row.scorer)
     folder = EvaluationFolder(config.out, "score", overwrite=config.overwrite, own=OWN_FILES)
     folder.refuse()
-    items, head, given, row = read_all(config, row)
+    items, head, given = read_all(config, row)
     if config.missing == "error":
         check_complete(given, items, Path(config.answers))
-    scored = with_missing(items, given, row, config.missing)
-    baseline = most_frequent_of([(item.kind, item.reference) for item in items])
+    parts, rows, how = scored_captions(config, items, given) if row.scorer == "captions" else scored_answers(config, row, items, given)
     summary = {
         "benchmark": row.name,
         "model": config.model or given.model or Path(config.answers).stem,
-        "protocol": protocol(config, row, head, given),
-        **summarise(items, scored, given.rows, baseline, row.scoring),
-        "counted_as_wrong": sum(not row.given for row in scored),
+        "protocol": {**protocol(config, row, head, given), **how},
+        **parts,
         "ignored_answers": given.ignored,
         "notes": given.notes,
     }
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     write_lines(
         folder.path / "answers.jsonl", [answer_row(item, given.rows[item.question_id]) for item in items if item.question_id in given.rows]
     )
-    write_lines(folder.path / "scores.jsonl", score_rows(scored))
+    write_lines(folder.path / "scores.jsonl", rows)
     if not row.control_of:
         write_submission(row.upload, items, given.rows, folder.path)
     folder.finish(summary)
@@ -114,8 +118,36 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return folder.path
 
 
-def read_all(config: ScoreConfig, row: Benchmark) -> tuple[list[VqaItem], dict[str, Any], Given, Benchmark]:
-    """The benchmark's questions, what their file says of itself, the answers joined to them, and the row that was scored.
+Parts = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]  # of the summary, lines of scores.jsonl, and of the protocol
+
+
+def scored_answers(config: ScoreConfig, row: Benchmark, items: Sequence[VqaItem], given: Given) -> Parts:
+    """Score answers to questions."""
+    scored = with_missing(items, given, row, config.missing)
+    baseline = most_frequent_of([(item.kind, item.reference) for item in items])
+    parts = summarise(items, scored, given.rows, baseline, row.scoring)
+    counted = "most frequent answer per question kind, counted in the evaluated set itself (higher than an honest guess)"
+    wrong = {"counted_as_wrong": sum(not row.given for row in scored)}
+    return {**parts, **wrong}, score_rows(scored), {"baseline": counted}
+
+
+def scored_captions(config: ScoreConfig, items: Sequence[VqaItem], given: Given) -> Parts:
+    """Score captions.
+
+    Raises:
+        ConfigError: Missing captions were to count as wrong, or a tokeniser or metric cannot run.
+    """
+    if config.missing == "wrong":
+        raise ConfigError(
+            "--missing wrong is for questions; a missing caption is left out (--missing leave_out), which changes CIDEr's weights"
+        )
+    java, tokeniser = check_java_metrics(config.java_metrics), choose_tokeniser(config.tokeniser)
+    parts, rows = summarise_captions(items, given.rows, cut(items, given.rows, tokeniser), java)
+    return parts, rows, {"scorer": "cider_d, weights of the references of the scored images", "tokeniser": tokeniser}
+
+
+def read_all(config: ScoreConfig, row: Benchmark) -> tuple[list[VqaItem], dict[str, Any], Given]:
+    """The benchmark's questions, what their file says of itself, and the answers joined to them.
 
     Words that OCR read are no part of a score: without them textvqa_ocr is read as textvqa.
     """
@@ -129,7 +161,7 @@ def read_all(config: ScoreConfig, row: Benchmark) -> tuple[list[VqaItem], dict[s
         ocr=Path(config.ocr) if config.ocr else None,
         split=config.split,
     )
-    return items, head, read_answers(Path(config.answers), items, head.get("not_asked", ())), row
+    return items, head, read_answers(Path(config.answers), items, head.get("not_asked", ()))
 
 
 def with_missing(items: Sequence[VqaItem], given: Given, row: Benchmark, missing: str) -> list[Scored]:
@@ -162,7 +194,6 @@ def protocol(config: ScoreConfig, row: Benchmark, head: Mapping[str, Any], given
         "annotations_sha256": head.get("annotations_sha256", head["sha256"]),
         "split": config.split or row.split or None,
         "images": relative(config.images, config.out) if config.images else None,
-        "baseline": "most frequent answer per question kind, counted in the evaluated set itself (higher than an honest guess)",
         "interval": f"95 % percentile bootstrap, {DRAWS} draws, resampled by image",
     }
 

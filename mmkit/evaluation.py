@@ -148,6 +148,10 @@ class EvaluationFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, then a manifest that says finished."""
         atomic_write(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        self.close()
+
+    def close(self) -> None:
+        """Say finished where there is nothing to sum up (a test split without public answers)."""
         self._write_manifest("finished")
 
     def _write_manifest(self, state: str) -> None:
