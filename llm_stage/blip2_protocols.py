@@ -3,8 +3,13 @@
 Source: LAVIS, lavis/projects/blip2/eval/*.yaml ("lavis_*"); BLIP-2 (Li et al., 2023), section 4 ("paper_*").
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from llm_stage.benchmarks import Benchmark
+from llm_stage.blip2_folder import is_blip2, read_blip2_file
+from llm_stage.models import model_folder
+from mmkit.errors import ConfigError, find
 
 SHORT, LONG = "Question: {question} Short answer:", "Question: {question} Answer:"
 
@@ -40,3 +45,34 @@ PROTOCOLS: dict[str, Protocol] = {
     "lavis_nocaps": Protocol("", 5, 1.0, 10, 80, "pre-trained weights; LAVIS' list of ids is the out-of-domain part alone"),
     "lavis_coco": Protocol("a photo of", 5, 1.0, 8, 30, "weights tuned on COCO, at 364 pixels"),
 }
+
+
+def blip2_row(row: Benchmark, model: str, prompt: str, protocol: str, captions: bool = False) -> Benchmark:
+    """A benchmark as a BLIP-2 is asked it: in the words it was trained with, or in a protocol's; rows for other models stay as they are.
+
+    Args:
+        row: The benchmark, with a prompt that was asked for by name or in words.
+        model: Folder or name of the model.
+        prompt: What was asked for; it stays.
+        protocol: A name of `PROTOCOLS`, or "".
+        captions: The benchmark asks for captions.
+
+    Raises:
+        ConfigError: A protocol was named for another model, or beside a prompt.
+        NameNotFound: There is no such protocol.
+    """
+    blip2 = is_blip2(model_folder(model))
+    if protocol and (not blip2 or prompt):
+        raise ConfigError(f"--protocol {protocol} holds BLIP-2's prompt and decoding: for a BLIP-2 folder, and without --prompt")
+    if protocol:
+        chosen = find("BLIP-2 protocol", PROTOCOLS, protocol)
+        return replace(row, prompt=chosen.prompt, max_new_tokens=chosen.max_new_tokens)
+    if blip2 and not prompt:
+        card = read_blip2_file(model)[0]
+        return replace(row, prompt=card.caption_prompt if captions else card.prompt.replace("{}", "{question}"))
+    return row
+
+
+def decoding_of(protocol: str) -> dict[str, Any]:
+    """What a protocol says of decoding; {} is greedy."""
+    return PROTOCOLS[protocol].decoding if protocol else {}

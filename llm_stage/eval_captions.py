@@ -20,8 +20,10 @@ from tqdm import tqdm
 from llm_stage.asking import request_for
 from llm_stage.benchmark_files import VqaItem
 from llm_stage.benchmarks import Benchmark, choose, controlled, own_row, prompt_words, read_items
+from llm_stage.blip2_protocols import PROTOCOLS, blip2_row, decoding_of
 from llm_stage.caption_scores import check_java_metrics, choose_tokeniser, cut, summarise_captions
-from llm_stage.generate import ChatModel, ChatRequest
+from llm_stage.chat_models import Chat, load_chat
+from llm_stage.generate import ChatRequest
 from llm_stage.grounding import beside, grounding
 from llm_stage.models import fingerprint, model_folder
 from llm_stage.submissions import write_submission
@@ -39,7 +41,7 @@ _NO_PICTURES = ("blank", "text_only")
 class EvalCaptionsConfig:
     """Settings of one evaluation by captions."""
 
-    model: str = field(default="", metadata={"help": "folder of a trained LLaVA model, or a name of `mmkit list models`"})
+    model: str = field(default="", metadata={"help": "folder of a trained LLaVA or BLIP-2, or a name of `mmkit list models`"})
     benchmark: str = field(default="coco_captions", metadata={"help": "coco_captions, nocaps, flickr30k, or a YAML file with your own row"})
     annotations: str = field(
         default="", metadata={"help": "caption file: COCO's and NoCaps's JSON, Karpathy's splits, a list, Flickr's text files"}
@@ -48,6 +50,7 @@ class EvalCaptionsConfig:
     split: str = field(default="", metadata={"help": "of Karpathy's files; empty is test"})
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, scores.jsonl, summary.json, manifest.json"})
     prompt: str = field(default="", metadata={"help": "another prompt than the row's: llava_caption, blip2_caption, ..., or own words"})
+    protocol: str = field(default="", metadata={"help": f"BLIP-2's prompt and decoding by name: {', '.join(PROTOCOLS)}"})
     control: Literal["", "shuffled", "blank", "text_only"] = field(
         default="", metadata={"help": "another picture, a grey one, or none: what is still right needs no picture"}
     )
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     items = controlled(items, row, config.shuffle_seed)
     identity = identify(config, row, head)
     ranks = Ranks()
-    model = ChatModel.load(config.model, device=ranks.device)
+    model = load_chat(config.model, device=ranks.device, verbatim=True)
     folder.open(identity, ranks)
     answers = caption_all(model, row, items, config, folder.path, ranks)
     if ranks.first:
@@ -128,7 +131,7 @@ def row_for(config: EvalCaptionsConfig) -> Benchmark:
     if row.scorer != "captions":
         raise ConfigError(f"{row.name} is a benchmark of questions: mmkit eval vqa --benchmark {row.name}")
     words = config.prompt and (prompt_words(config.prompt) if " " not in config.prompt else config.prompt)
-    return replace(row, prompt=words or row.prompt)
+    return blip2_row(replace(row, prompt=words or row.prompt), config.model, config.prompt, config.protocol, captions=True)
 
 
 def identify(config: EvalCaptionsConfig, row: Benchmark, head: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +146,12 @@ def identify(config: EvalCaptionsConfig, row: Benchmark, head: Mapping[str, Any]
         "split": config.split,
         "shuffle_seed": config.shuffle_seed if row.shuffled else None,
         "limit": config.limit,
+        **({"decoding": decoding_of(config.protocol)} if config.protocol else {}),
     }
 
 
 def caption_all(
-    model: ChatModel, row: Benchmark, items: Sequence[VqaItem], config: EvalCaptionsConfig, out: Path, ranks: Ranks
+    model: Chat, row: Benchmark, items: Sequence[VqaItem], config: EvalCaptionsConfig, out: Path, ranks: Ranks
 ) -> dict[Any, dict[str, Any]]:
     """Caption what has no caption yet, a batch at a time, each flushed to disk.
 
@@ -167,7 +171,8 @@ def caption_all(
                     if config.on_bad_sample == "error":
                         raise
                     records.append({**_line(item), "missing": str(error)})
-            texts = model.generate([request for _, request in asked], max_new_tokens=limit, batch_size=config.batch_size) if asked else []
+            requests, how = [request for _, request in asked], decoding_of(config.protocol)
+            texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, **how) if asked else []
             for (item, _), text in zip(asked, texts, strict=True):
                 records.append({**_line(item), "answer": text.strip()})
     return {line["question_id"]: line for line in merge_parts(out, [item.question_id for item in items], ranks)}
@@ -185,7 +190,7 @@ def finish(
     items: Sequence[VqaItem],
     answers: Mapping[Any, Mapping[str, Any]],
     folder: EvaluationFolder,
-    model: ChatModel,
+    model: Chat,
     tokeniser: str,
     java: Sequence[str],
 ) -> None:
@@ -195,7 +200,8 @@ def finish(
     protocol = {
         "prompt": ("" if row.control == "text_only" else "<image>\n") + row.prompt,
         "prompt_name": row.prompt_name,
-        "decoding": "greedy",
+        "decoding": decoding_of(config.protocol) or "greedy",
+        "protocol": config.protocol or None,
         "max_new_tokens": config.max_new_tokens or row.max_new_tokens,
         "scorer": "cider_d, weights of the references of the scored images",
         "tokeniser": tokeniser,

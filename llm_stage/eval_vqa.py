@@ -37,15 +37,14 @@ from llm_stage.benchmarks import (
     read_items,
     read_json,
 )
-from llm_stage.blip2_folder import is_blip2, read_blip2_file
-from llm_stage.blip2_protocols import PROTOCOLS
+from llm_stage.blip2_protocols import PROTOCOLS, blip2_row, decoding_of
 from llm_stage.chat_models import Chat, load_chat
 from llm_stage.grounding import beside, grounding
 from llm_stage.models import fingerprint, model_folder
 from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
-from mmkit.errors import ConfigError, DataError, find
+from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageError
 from mmkit.manifest import manifest
 from mmkit.records import Records, read_jsonl, repair
@@ -166,33 +165,10 @@ def row_for(config: EvalVqaConfig) -> Benchmark:
     """
     row = choose(config.benchmark, config.control, "" if config.benchmark else data_type_of(config.questions))
     row = replace(row, scorer=config.scorer or row.scorer, prompt=prompt_words(config.prompt) if config.prompt else row.prompt)
-    row = blip2_row(row, config)
     if row.scorer == "captions":
         raise ConfigError(f"{row.name} is a benchmark of captions: mmkit eval captions --benchmark {row.name}")
     row.scoring  # noqa: B018 - an unknown scorer is refused before anything is read
-    return row
-
-
-def blip2_row(row: Benchmark, config: EvalVqaConfig) -> Benchmark:
-    """A BLIP-2 is asked by its own prompt, or by a protocol's.
-
-    Raises:
-        ConfigError: A protocol was named for another model, or beside a prompt.
-    """
-    blip2 = is_blip2(model_folder(config.model))
-    if config.protocol and (not blip2 or config.prompt):
-        raise ConfigError(f"--protocol {config.protocol} holds BLIP-2's prompt and decoding: for a BLIP-2 folder, and without --prompt")
-    if config.protocol:
-        chosen = find("BLIP-2 protocol", PROTOCOLS, config.protocol)
-        return replace(row, prompt=chosen.prompt, max_new_tokens=chosen.max_new_tokens)
-    if blip2 and not config.prompt:
-        return replace(row, prompt=read_blip2_file(config.model)[0].prompt.replace("{}", "{question}"))
-    return row
-
-
-def decoding_of(config: EvalVqaConfig) -> dict[str, Any]:
-    """What a protocol says of decoding; {} is greedy."""
-    return PROTOCOLS[config.protocol].decoding if config.protocol else {}
+    return blip2_row(row, config.model, config.prompt, config.protocol)
 
 
 # ---- what was asked, and of whom ---------------------------------------------------------------------------------------------------
@@ -211,7 +187,7 @@ def identify(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
         "limit": config.limit,
         **({"ocr": hashlib.sha256(Path(config.ocr).read_bytes()).hexdigest()} if config.ocr else {}),
         **({"split": config.split} if config.split else {}),
-        **({"decoding": decoding_of(config)} if config.protocol else {}),
+        **({"decoding": decoding_of(config.protocol)} if config.protocol else {}),
     }
 
 
@@ -220,7 +196,7 @@ def protocol(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
     return {
         "prompt": ("" if benchmark.control == "text_only" else "<image>\n") + benchmark.prompt,
         "prompt_name": benchmark.prompt_name,
-        "decoding": decoding_of(config) or "greedy",
+        "decoding": decoding_of(config.protocol) or "greedy",
         "protocol": config.protocol or None,
         "max_new_tokens": config.max_new_tokens or benchmark.max_new_tokens,
         "scorer": benchmark.scorer,
@@ -329,7 +305,7 @@ def answer_batch(
         asked.append(item)
     if not requests:
         return
-    texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, temperature=0.0, **decoding_of(config))
+    texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, temperature=0.0, **decoding_of(config.protocol))
     seconds = round((time.monotonic() - began) / len(asked), 4)
     for item, text in zip(asked, texts, strict=True):
         yield {**_row(item, benchmark), "answer": text.strip(), "seconds": seconds}

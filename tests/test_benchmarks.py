@@ -63,7 +63,7 @@ class Knows:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Knows:
     knows = Knows()
-    monkeypatch.setattr(eval_vqa.ChatModel, "load", lambda *args, **kwargs: knows)
+    monkeypatch.setattr(eval_vqa, "load_chat", lambda *args, **kwargs: knows)
     return knows
 
 

@@ -52,7 +52,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Painter:
     model = Painter()
-    monkeypatch.setattr(eval_captions.ChatModel, "load", lambda *args, **kwargs: model)
+    monkeypatch.setattr(eval_captions, "load_chat", lambda *args, **kwargs: model)
     save(tmp_path / "model" / "weights", "x")
     return model
 

@@ -48,7 +48,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     model = Painter()
-    monkeypatch.setattr(eval_vqa.ChatModel, "load", lambda *args, **kwargs: model)
+    monkeypatch.setattr(eval_vqa, "load_chat", lambda *args, **kwargs: model)
     return model
 
 
