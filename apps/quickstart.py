@@ -3,6 +3,7 @@
     mmkit quickstart                        about twenty minutes on two cores, all of it in runs/quickstart
     mmkit quickstart --encoders clip        one encoder only; the other can follow later
     mmkit quickstart --encoders clip,uta,visft
+    mmkit quickstart --downstream llava,blip2
 
 Each stage is a script's own `main([...])`, with a recipe everybody can read and run alone. A stage is complete when the file that its
 script writes last is there; a training that was interrupted resumes from its checkpoint, an evaluation by question id.
@@ -31,7 +32,23 @@ from mmkit.checkpoint import atomic_folder, atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, NameNotFound
 
-BENCHMARKS = {"mini_zeroshot": "top1", "mini_vqa": "vqa_accuracy", "mini_vqa_shuffled": "vqa_accuracy"}
+MAIN = "item_metric"  # the metric that a summary says its lines are scored by
+RESULTS = {  # heading: folder under eval/, and the metric
+    "llava": {
+        "zero-shot top-1": ("{}/mini_zeroshot", "top1"),
+        "VQA accuracy": ("{}/mini_vqa", "vqa_accuracy"),
+        "images shuffled": ("{}/mini_vqa_shuffled", "vqa_accuracy"),
+    },
+    "blip2": {
+        "image R@5, encoder's own": ("{}/mini_retrieval", "image_retrieval_recall@5"),
+        "Q-Former, contrast": ("{}_blip2/mini_retrieval", "itc/image_retrieval_recall@5"),
+        "re-ranked": ("{}_blip2/mini_retrieval", "image_retrieval_recall@5"),
+        "VQA accuracy": ("{}_blip2/mini_vqa", "vqa_accuracy"),
+        "images shuffled": ("{}_blip2/mini_vqa_shuffled", "vqa_accuracy"),
+        "CIDEr": ("{}_blip2/mini_captions", MAIN),
+        "CIDEr, shuffled": ("{}_blip2/mini_captions_shuffled", MAIN),
+    },
+}
 INTERRUPTED = 130
 
 
@@ -57,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     console = Console()
     overview(console, f"mmkit quickstart in {config.out} · scale {config.scale:g} · {threads} threads", stages)
     run_all(console, stages, journal)
-    results(console, Path(config.out), config.encoders)
+    results(console, Path(config.out), config)
     return Path(config.out)
 
 
@@ -141,6 +158,7 @@ class Journal:
         self.settings: dict[str, Any] = {"scale": config.scale, "seed": config.seed}
         flags = [] if str(out) == QuickstartConfig().out else ["--out", str(out)]
         flags += [] if config.encoders == list(DEFAULT_ENCODERS) else ["--encoders", ",".join(config.encoders)]
+        flags += [] if config.downstream == ["llava"] else ["--downstream", ",".join(config.downstream)]
         flags += [
             word for key, value in self.settings.items() if value != getattr(QuickstartConfig(), key) for word in (f"--{key}", str(value))
         ]
@@ -243,22 +261,20 @@ def overview(console: Console, title: str, stages: Sequence[Stage]) -> None:
     console.print("Ctrl-C stops at the next good moment; the same command goes on from there.")
 
 
-def results(console: Console, out: Path, encoders: Sequence[str]) -> None:
+def results(console: Console, out: Path, config: QuickstartConfig) -> None:
     """Print what came out, in percent with 95 % intervals, and where the report is."""
-    table = Table(title="results, percent [95 % interval]", title_justify="left")
-    for heading in ("encoder", "zero-shot top-1", "VQA accuracy", "images shuffled", "difference"):
-        table.add_column(heading, justify="left" if heading == "encoder" else "right")
-    for name in encoders:
-        found = {
-            benchmark: read_metric(out / "eval" / name / benchmark / "summary.json", metric) for benchmark, metric in BENCHMARKS.items()
-        }
-        gain = found["mini_vqa"]["value"] - found["mini_vqa_shuffled"]["value"]
-        table.add_row(name, *(f"{m['value']:.1f} [{m['ci95'][0]:.1f}, {m['ci95'][1]:.1f}]" for m in found.values()), f"{gain:+.1f}")
-    console.print(table)
-    console.print(
-        f"report: {out / 'report.html'}\nask them yourself: mmkit demo"
-        + ("" if str(out) == QuickstartConfig().out else f" --model {out / 'llava' / encoders[0]}")
-    )
+    for name in config.downstream:
+        table = Table(title=f"{name}: percent [95 % interval]", title_justify="left")
+        rows = RESULTS[name]
+        for heading in ("encoder", *rows):
+            table.add_column(heading, justify="left" if heading == "encoder" else "right")
+        for encoder in config.encoders:
+            cells = [read_metric(out / "eval" / place.format(encoder) / "summary.json", metric) for place, metric in rows.values()]
+            table.add_row(encoder, *(f"{m['value']:.1f} [{m['ci95'][0]:.1f}, {m['ci95'][1]:.1f}]" for m in cells))
+        console.print(table)
+    model = out / config.downstream[0] / config.encoders[0]
+    asked = "" if str(out) == QuickstartConfig().out and "llava" in config.downstream else f" --model {model}"
+    console.print(f"report: {out / 'report.html'}\nask them yourself: mmkit demo{asked}")
 
 
 def read_metric(path: Path, metric: str) -> dict[str, Any]:
@@ -267,7 +283,9 @@ def read_metric(path: Path, metric: str) -> dict[str, Any]:
     Raises:
         NameNotFound: The summary does not have it.
     """
-    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    metrics = summary["metrics"]
+    metric = summary[MAIN] if metric == MAIN else metric
     if metric not in metrics:
         raise NameNotFound(f"{path} has no metric '{metric}'; it has {', '.join(metrics)}")
     found: dict[str, Any] = metrics[metric]

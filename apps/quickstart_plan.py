@@ -1,9 +1,10 @@
 """The stages of the quickstart: which scripts, with which command lines, and how to see that one is complete. Runs and writes nothing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,6 +19,11 @@ ENCODERS = {
     "visft": "the teacher with LoRA merged in, trained here under three frozen heads (ViSFT); some minutes more",
 }
 DEFAULT_ENCODERS = ("clip", "uta")
+DOWNSTREAMS = {
+    "llava": "projector and language model trained behind each encoder",
+    "blip2": "a Q-Former trained behind each encoder, then in front of a frozen language model; some fifteen minutes more",
+}
+RERANKED = 16  # of the embedded data's 500 pictures and 2,500 captions
 VISFT_TASKS = ("detection", "segmentation", "caption")
 SCENE_DRAWINGS = 80  # of the 574: in twenty minutes a language model cannot learn to tell more things apart in scenes
 LEAST_STEPS = 4  # however small the scale: enough for a checkpoint in the middle
@@ -30,6 +36,9 @@ class QuickstartConfig:
     out: str = field(default="runs/quickstart", metadata={"help": "folder for everything; an unfinished one is gone on with"})
     encoders: list[str] = field(
         default_factory=lambda: list(DEFAULT_ENCODERS), metadata={"help": "which to compare: clip, uta, visft, with commas"}
+    )
+    downstream: list[str] = field(
+        default_factory=lambda: ["llava"], metadata={"help": "what the encoders are tried in: llava, blip2, with commas"}
     )
     scale: float = field(
         default=1.0, metadata={"help": "factor on pictures drawn and steps trained; 1 is about twenty minutes on two cores"}
@@ -48,6 +57,10 @@ class QuickstartConfig:
             find("quickstart encoder", ENCODERS, name)
         if not self.encoders or len(set(self.encoders)) != len(self.encoders):
             raise ConfigError(f"--encoders is '{','.join(self.encoders)}'; right are one or more of {', '.join(ENCODERS)}, each once")
+        for name in self.downstream:
+            find("downstream", DOWNSTREAMS, name)
+        if not self.downstream or len(set(self.downstream)) != len(self.downstream):
+            raise ConfigError(f"--downstream is '{','.join(self.downstream)}'; right are {' or '.join(DOWNSTREAMS)}, or both")
         if not self.scale > 0:
             raise ConfigError(f"--scale is {self.scale}; above 0 is right: 1 for the full job, 0.02 for a trial of minutes")
 
@@ -127,9 +140,11 @@ def plan(config: QuickstartConfig) -> list[Stage]:
         )
         done = folder / "summary.json"
         stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, done, ("--resume",)))
-    for name in config.encoders:
+    for name in config.encoders if "llava" in config.downstream else ():
         stages += _llava_stages(name, out, config)
-        stages += [_vqa_stage(name, out, shuffled) for shuffled in (False, True)]
+        stages += [_vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
+    for name in config.encoders if "blip2" in config.downstream else ():
+        stages += _blip2_stages(name, out, config)
     stages.append(Stage("report", "report", "mmkit.report:main", (str(out), "--out", str(out)), out / "report.html", out / "report.html"))
     return stages
 
@@ -201,12 +216,56 @@ def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]
     return [*stages, training(title, "train llava", "llm_stage", "mini_stage2", own, second, config.seed, config.scale, publish)]
 
 
-def _vqa_stage(name: str, out: Path, shuffled: bool) -> Stage:
+def _blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
+    """Both stages of BLIP-2 behind one encoder: retrieval after the first, beside the encoder's own; questions and captions after the second."""
+    column, images = f"{name}_blip2", out / "data" / "images"
+    first, second = (out / "work" / f"{column}_stage{stage}" for stage in (1, 2))
+    captions = {split: str(out / "data" / "coco" / f"captions_{split}.json") for split in ("train", "val", "test")}
+    named = {
+        "encoder": out / "encoders" / name, "data.source": captions["train"], "data.image_root": images / "train",
+        "val_captions": captions["val"], "val_images": images / "val",
+    }  # fmt: skip
+    stages = [training(f"Q-Former: {name}", "train qformer", "llm_stage", "mini_qformer", _flags(named), first, config.seed, config.scale)]
+    sought = {"captions": captions["test"], "images": images / "test"}
+    for title, command, target, folder, more in (
+        (f"retrieval by the encoder itself: {name}", "eval retrieval", "encoders.eval_zeroshot_retrieval", out / "eval" / name / "mini_retrieval",
+         {"encoder": out / "encoders" / name, "benchmark": "mini_retrieval"}),
+        (f"retrieval by the Q-Former: {name}", "eval qformer-retrieval", "llm_stage.eval_retrieval", out / "eval" / column / "mini_retrieval",
+         {"model": first / "model", "benchmark": "mini_retrieval", "k": RERANKED}),
+    ):  # fmt: skip
+        flags = _flags({**more, **sought, "out": folder})
+        stages.append(Stage(title, command, f"{target}:main", flags, folder, folder / "summary.json", ("--resume",)))
+    vqa = out / "data" / "vqa"
+    named = {
+        "pretrained": first / "model", "data.source": captions["train"], "data.image_root": images / "train", "images": images,
+        "questions": vqa / "questions_train.json", "annotations": vqa / "annotations_train.json",
+    }  # fmt: skip
+    publish = (second / "model", out / "blip2" / name)
+    title = f"BLIP-2 before the language model: {name}"
+    stages.append(training(title, "train blip2", "llm_stage", "mini_blip2", _flags(named), second, config.seed, config.scale, publish))
+    stages += [_vqa_stage(column, publish[1], out, shuffled) for shuffled in (False, True)]
+    return [*stages, *(_captions_stage(column, publish[1], out, shuffled) for shuffled in (False, True))]
+
+
+def _flags(named: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(word for key, value in named.items() for word in (f"--{key}", str(value)))
+
+
+def _captions_stage(column: str, model: Path, out: Path, shuffled: bool) -> Stage:
+    """Captions of the test scenes, or their control."""
+    folder = out / "eval" / column / ("mini_captions_shuffled" if shuffled else "mini_captions")
+    named = {"model": model, "benchmark": "mini_captions", "images": out / "data" / "images" / "test", "batch_size": 32, "out": folder}
+    flags = _flags({**named, "annotations": out / "data" / "coco" / "captions_test.json", **({"control": "shuffled"} if shuffled else {})})
+    title = f"captions, images shuffled (the control): {column}" if shuffled else f"captions: {column}"
+    return Stage(title, "eval captions", "llm_stage.eval_captions:main", flags, folder, folder / "summary.json")
+
+
+def _vqa_stage(name: str, model: Path, out: Path, shuffled: bool) -> Stage:
     """Questions about the test scenes, or their control: each before another question's picture."""
     vqa, folder = out / "data" / "vqa", out / "eval" / name / ("mini_vqa_shuffled" if shuffled else "mini_vqa")
     flags = [
         "--model",
-        str(out / "llava" / name),
+        str(model),
         "--questions",
         str(vqa / "questions_test.json"),
         "--annotations",

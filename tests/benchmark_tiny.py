@@ -259,5 +259,6 @@ MAKERS: dict[str, Callable[[Path], Tiny]] = {
     "seed_image": seed,
     "nocaps": lambda root: captions(root, domains=True),
     "coco_captions": captions,
+    "mini_captions": captions,
     "flickr30k": flickr,
 }

@@ -94,7 +94,7 @@ def run(tmp_path: Path, name: str, tiny: Tiny, model: Knows, *more: str, out: st
 def test_every_row_has_a_tiny_set_a_reader_a_scorer_and_an_upload() -> None:
     assert {row.name for row in ROWS} == set(MAKERS)
     wanted = {"vqav2", "okvqa", "gqa", "textvqa", "textvqa_ocr", "scienceqa_img", "pope", "vizwiz", "mme", "mmbench", "seed_image"}
-    assert wanted | {"nocaps", "coco_captions", "flickr30k", "mini_vqa"} <= set(MAKERS)
+    assert wanted | {"nocaps", "coco_captions", "flickr30k", "mini_vqa", "mini_captions"} <= set(MAKERS)
     for row in ROWS:
         assert row.reader in READERS
         assert row.scorer in {**SCORERS, "captions": 0}

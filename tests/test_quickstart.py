@@ -62,15 +62,21 @@ def test_the_plan_leads_from_data_to_the_report_for_each_encoder(tmp_path: Path)
     published = {str(stage.publish[1].relative_to(tmp_path / "quick")) for stage in stages if stage.publish}
     assert published == {"encoders/uta", "llava/clip", "llava/uta"}
     summaries = {str(stage.done.relative_to(tmp_path / "quick")) for stage in stages if stage.done.name == "summary.json"}
-    assert summaries == {f"eval/{encoder}/{benchmark}/summary.json" for encoder in ("clip", "uta") for benchmark in quickstart.BENCHMARKS}
+    places = [place for place, _ in quickstart.RESULTS["llava"].values()]
+    assert summaries == {f"eval/{place.format(encoder)}/summary.json" for encoder in ("clip", "uta") for place in places}
 
 
 def test_every_stage_of_the_plan_has_a_command_line_its_script_understands(tmp_path: Path) -> None:
     """The recipes of all trainings load with the flags they are given: no stage can fail on its command line an hour later."""
     from encoders.eval_zeroshot import EvalZeroshotConfig
+    from encoders.eval_zeroshot_retrieval import EvalRetrievalConfig
     from encoders.train_uta import UTAConfig
+    from llm_stage.eval_captions import EvalCaptionsConfig
+    from llm_stage.eval_retrieval import EvalConfig
     from llm_stage.eval_vqa import EvalVqaConfig
+    from llm_stage.train_blip2 import Blip2Settings
     from llm_stage.train_llava import LlavaSettings
+    from llm_stage.train_qformer import QFormerSettings
     from mmkit.minidata.build import MiniDataConfig
 
     (tmp_path / "quick" / "data" / "images").mkdir(parents=True)
@@ -80,16 +86,25 @@ def test_every_stage_of_the_plan_has_a_command_line_its_script_understands(tmp_p
         "train llava": LlavaSettings,
         "eval zeroshot": EvalZeroshotConfig,
         "eval vqa": EvalVqaConfig,
+        "train qformer": QFormerSettings,
+        "train blip2": Blip2Settings,
+        "eval retrieval": EvalRetrievalConfig,
+        "eval qformer-retrieval": EvalConfig,
+        "eval captions": EvalCaptionsConfig,
     }
     checked = 0
-    for stage in plan(config(tmp_path, scale=0.1)):
+    for name in ("clip", "uta"):  # which kind of model it is, a model's folder says
+        (tmp_path / "quick" / "llava" / name).mkdir(parents=True)
+        (tmp_path / "quick" / "blip2" / name).mkdir(parents=True)
+    (tmp_path / "quick" / "data" / "images" / "test").mkdir()
+    for stage in plan(config(tmp_path, scale=0.1, downstream=["llava", "blip2"])):
         if stage.command in known:
             recipes = stage.recipe.parent if stage.recipe is not None else None
             load_config(
                 known[stage.command], [*stage.argv, *(stage.resume if stage.command.startswith("train") else ())], recipe_dir=recipes
             )
             checked += 1
-    assert checked == 12
+    assert checked == 12 + 16
 
 
 def test_the_scale_shortens_the_trainings_and_one_leaves_them_alone(tmp_path: Path) -> None:
@@ -242,9 +257,9 @@ def test_the_whole_job_interrupted_by_ctrl_c_goes_on_where_it_was(tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for encoder in ("clip", "uta"):
         assert (out / "llava" / encoder / "config.json").is_file()
-        for benchmark, metric in quickstart.BENCHMARKS.items():
-            summary = json.loads((out / "eval" / encoder / benchmark / "summary.json").read_text())
-            assert summary["benchmark"] == benchmark
+        for place, metric in quickstart.RESULTS["llava"].values():
+            summary = json.loads((out / "eval" / place.format(encoder) / "summary.json").read_text())
+            assert summary["benchmark"] == place.split("/")[1]
             assert summary["metrics"][metric]["n"] > 0
     assert "<html" in (out / "report.html").read_text().lower()
     steps = [json.loads(line)["step"] for line in (out / "work" / "llava_clip_stage2" / "metrics.jsonl").read_text().splitlines()]
