@@ -40,13 +40,13 @@ RESULTS = {  # heading: folder under eval/, and the metric
         "images shuffled": ("{}/mini_vqa_shuffled", "vqa_accuracy"),
     },
     "blip2": {
-        "image R@5, encoder's own": ("{}/mini_retrieval", "image_retrieval_recall@5"),
-        "Q-Former, contrast": ("{}_blip2/mini_retrieval", "itc/image_retrieval_recall@5"),
-        "re-ranked": ("{}_blip2/mini_retrieval", "image_retrieval_recall@5"),
-        "VQA accuracy": ("{}_blip2/mini_vqa", "vqa_accuracy"),
-        "images shuffled": ("{}_blip2/mini_vqa_shuffled", "vqa_accuracy"),
+        "own R@5": ("{}/mini_retrieval", "image_retrieval_recall@5"),
+        "ITC R@5": ("{}_blip2/mini_retrieval", "itc/image_retrieval_recall@5"),
+        "ITM R@5": ("{}_blip2/mini_retrieval", "image_retrieval_recall@5"),
+        "VQA": ("{}_blip2/mini_vqa", "vqa_accuracy"),
+        "VQA, control": ("{}_blip2/mini_vqa_shuffled", "vqa_accuracy"),
         "CIDEr": ("{}_blip2/mini_captions", MAIN),
-        "CIDEr, shuffled": ("{}_blip2/mini_captions_shuffled", MAIN),
+        "CIDEr, control": ("{}_blip2/mini_captions_shuffled", MAIN),
     },
 }
 INTERRUPTED = 130
