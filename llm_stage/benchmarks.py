@@ -47,6 +47,7 @@ PROMPTS: dict[str, str] = {
     "llava_vizwiz": "{question}\n" + UNANSWERABLE + "\n" + SHORT_ANSWER,
     "mini_short": "{question}\n"
     + SHORT_ANSWER.lower(),  # the embedded world speaks lower case; its questions bear the line in training too
+    "mini_caption": "write a caption for the picture.",  # as in its training
     "bare": "{question}",
     "blip2_vqa": "Question: {question} Short answer:",
     "lmms_mme": "{question} Please answer yes or no.",  # MME's own words
@@ -112,6 +113,7 @@ class Benchmark:
 _LONG = 128  # LLaVA's limit for short answers
 _ROWS = (
     Benchmark("mini_vqa", PROMPTS["mini_short"], data_type="mmkit_mini"),
+    Benchmark("mini_captions", PROMPTS["mini_caption"], 64, "captions", "captions", "captions", "test"),
     Benchmark("vqav2", PROMPTS["llava_short"], _LONG, split="val2014"),
     # references: the field `answer` (stemmed), which published numbers use; `raw_answer` is not read
     Benchmark("okvqa", PROMPTS["llava_short"], _LONG, split="val2014"),

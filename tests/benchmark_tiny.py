@@ -244,6 +244,7 @@ def flickr(root: Path) -> Tiny:
 
 MAKERS: dict[str, Callable[[Path], Tiny]] = {
     "mini_vqa": lambda root: vqa(root, data_type="mmkit_mini"),
+    "mini_captions": captions,
     "vqav2": vqa,
     "okvqa": okvqa,
     "own_vqa": vqa,
