@@ -104,7 +104,7 @@ def java_tokens(texts: Sequence[str]) -> list[list[str]]:
     """
     if not java_works():
         raise ConfigError(
-            "the Penn Treebank tokeniser needs Java and `pip install 'mmkit[captions]'` in a writable place; --tokeniser ptb_python needs neither"
+            "the Penn Treebank tokeniser needs Java and `pip install 'mmkit[captions]'` (writable); ptb_python needs neither"
         )
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
