@@ -103,9 +103,7 @@ def java_tokens(texts: Sequence[str]) -> list[list[str]]:
         ConfigError: Java or pycocoevalcap is not there.
     """
     if not java_works():
-        raise ConfigError(
-            "the Penn Treebank tokeniser needs Java and `pip install 'mmkit[captions]'` (writable); ptb_python needs neither"
-        )
+        raise ConfigError("the Penn Treebank tokeniser needs Java and `pip install 'mmkit[captions]'` (writable); ptb_python needs neither")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     cut = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
