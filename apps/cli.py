@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
     "convert visft-heads": Command("encoders.convert_visft:heads", "a head file of ViSFT's authors -> a head folder"),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | benchmarks | recipes | sweeps"),
 }
 
 

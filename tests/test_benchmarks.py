@@ -100,6 +100,7 @@ def test_every_row_has_a_tiny_set_a_reader_a_scorer_and_an_upload() -> None:
         assert row.scorer in {**SCORERS, "captions": 0}
         assert row.upload in UPLOADS
         assert row.prompt_name != "own"
+        assert row.files
         assert {f"{row.name}_{control}" for control in CONTROLS} <= set(BENCHMARKS)
 
 
