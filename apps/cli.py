@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
-    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | recipes | sweeps"),
+    "list": Command("apps.listing:main", "what there is: list encoders | llms | models | benchmarks | recipes | sweeps"),
 }
 
 

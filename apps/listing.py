@@ -1,4 +1,4 @@
-"""`mmkit list encoders | llms | models | recipes | sweeps`: what there is to name on a command line."""
+"""`mmkit list encoders | llms | models | benchmarks | recipes | sweeps`: what there is to name on a command line."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,15 @@ def models() -> Rows:
     return [*headings, "here"], [[*row, here[row[0]]] for row in rows]
 
 
+def benchmarks() -> Rows:
+    """The benchmarks: their files, what is asked in which words, who scores; controls are left out."""
+    from llm_stage.benchmarks import BENCHMARKS
+
+    rows = [row for row in BENCHMARKS.values() if not row.control_of]
+    asked = {row.name: f"{row.prompt_name}, {row.max_new_tokens} tokens" for row in rows}
+    return ["name", "asked", "scorer", "files"], [[row.name, asked[row.name], row.scorer, row.files] for row in rows]
+
+
 def recipes() -> Rows:
     """All recipes and what they are for."""
     return from_files("recipes")
@@ -48,7 +57,9 @@ def sweeps() -> Rows:
     return from_files("sweeps")
 
 
-LISTS: dict[str, Callable[[], Rows]] = {"encoders": encoders, "llms": llms, "models": models, "recipes": recipes, "sweeps": sweeps}
+LISTS: dict[str, Callable[[], Rows]] = {
+    "encoders": encoders, "llms": llms, "models": models, "benchmarks": benchmarks, "recipes": recipes, "sweeps": sweeps
+}  # fmt: skip
 
 
 def from_table(table: Mapping[str, Any]) -> Rows:

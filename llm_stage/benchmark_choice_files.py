@@ -163,8 +163,6 @@ def read_mmbench(source: Source) -> tuple[Found, Head]:
     table = by_question(rows, (), source.questions, "index")
     found: Found = []
     chosen = list(first(list(table.items()), source.limit))
-    if source.images is not None:
-        _unpack(rows, [row for _, row in chosen], source)
     for name, row in chosen:
         choices = [letter for letter in LETTERS[:4] if row.get(letter, "").lower() not in _NOTHING]
         answer = row.get("answer", "").strip()
@@ -179,6 +177,8 @@ def read_mmbench(source: Source) -> tuple[Found, Head]:
         answers = [] if source.unlabelled else [answer]
         item = item_of(int(name), "\n".join(lines), kind, answers, choices=len(choices), row={k: v for k, v in row.items() if k != "image"})
         found.append((item, [_mmbench_picture(row)]))
+    if source.images is not None:
+        _unpack(rows, [row for _, row in chosen], source)
     return found, {"sha256": file_hash(source.questions)}
 
 

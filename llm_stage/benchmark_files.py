@@ -179,7 +179,7 @@ def place(found: Found, source: Source) -> list[VqaItem]:
         first = next(iter(absent))
         raise DataError(
             f"{len(absent)} of {len(found)} questions have no picture under {source.images}: question {first} of {source.questions} wants"
-            f" {' or '.join(absent[first])}. Give the folder that these names are relative to, --images DIR"
+            f" {' or '.join(dict.fromkeys(absent[first]))}. Give the folder that these names are relative to, --images DIR"
         )
     return items
 

@@ -47,7 +47,7 @@ PROMPTS: dict[str, str] = {
     "llava_vizwiz": "{question}\n" + UNANSWERABLE + "\n" + SHORT_ANSWER,
     "mini_short": "{question}\n"
     + SHORT_ANSWER.lower(),  # the embedded world speaks lower case; its questions bear the line in training too
-    "mini_caption": "write a caption for the picture.",
+    "mini_caption": "write a caption for the picture.",  # as in its training
     "bare": "{question}",
     "blip2_vqa": "Question: {question} Short answer:",
     "lmms_mme": "{question} Please answer yes or no.",  # MME's own words
@@ -73,6 +73,7 @@ class Benchmark:
         control_of: The benchmark this one is a control of.
         control: Which of `CONTROLS`.
         data_type: What the question file calls itself, where that alone tells the benchmark.
+        files: The official files, for people: --questions, + --annotations, and the pictures' folder.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Benchmark:
     control_of: str = ""
     control: str = ""
     data_type: str = ""
+    files: str = ""
 
     @property
     def shuffled(self) -> bool:
@@ -111,28 +113,48 @@ class Benchmark:
 
 
 _LONG = 128  # LLaVA's limit for short answers
+_CAPTIONS: dict[str, Any] = {"scorer": "captions", "reader": "captions", "upload": "captions", "max_new_tokens": 64}
 _ROWS = (
-    Benchmark("mini_vqa", PROMPTS["mini_short"], data_type="mmkit_mini"),
-    Benchmark("mini_captions", PROMPTS["mini_caption"], 32, "captions", "captions", "captions"),
-    Benchmark("vqav2", PROMPTS["llava_short"], _LONG, split="val2014"),
+    Benchmark("mini_vqa", PROMPTS["mini_short"], data_type="mmkit_mini",
+              files="vqa/questions_test.json + vqa/annotations_test.json, images/ of `mmkit data mini`"),
+    Benchmark("mini_captions", PROMPTS["mini_caption"], split="test", **_CAPTIONS,
+              files="coco/captions_test.json, images/test/ of `mmkit data mini`"),
+    Benchmark("vqav2", PROMPTS["llava_short"], _LONG, split="val2014",
+              files="v2_OpenEnded_mscoco_val2014_questions.json + v2_mscoco_val2014_annotations.json, val2014/"),
     # references: the field `answer` (stemmed), which published numbers use; `raw_answer` is not read
-    Benchmark("okvqa", PROMPTS["llava_short"], _LONG, split="val2014"),
-    Benchmark("gqa", PROMPTS["llava_short"], _LONG, "gqa", "gqa", "gqa", "testdev_balanced"),
-    Benchmark("textvqa", PROMPTS["llava_short"], _LONG, "m4c", "textvqa", "vqa", "val"),
+    Benchmark("okvqa", PROMPTS["llava_short"], _LONG, split="val2014",
+              files="OpenEnded_mscoco_val2014_questions.json + mscoco_val2014_annotations.json, val2014/"),
+    Benchmark("gqa", PROMPTS["llava_short"], _LONG, "gqa", "gqa", "gqa", "testdev_balanced",
+              files="testdev_balanced_questions.json, images/"),
+    Benchmark("textvqa", PROMPTS["llava_short"], _LONG, "m4c", "textvqa", "vqa", "val",
+              files="TextVQA_0.5.1_val.json, train_images/"),
     # LLaVA-1.5's 58.2 is with OCR words in the prompt; without them its users report about 46
-    Benchmark("textvqa_ocr", PROMPTS["llava_short"], _LONG, "m4c", "textvqa_ocr", "vqa", "val"),
-    Benchmark("vizwiz", PROMPTS["llava_vizwiz"], _LONG, "vizwiz", "vizwiz", "vizwiz", "val"),
-    Benchmark("scienceqa", PROMPTS["llava_letter"], 1024, "scienceqa", "scienceqa", "scienceqa", "test"),
-    Benchmark("scienceqa_img", PROMPTS["llava_letter"], 1024, "scienceqa", "scienceqa_img", "scienceqa", "test"),
-    Benchmark("pope", PROMPTS["llava_short"], _LONG, "pope", "pope", "pope"),
-    Benchmark("mme", PROMPTS["llava_short"], _LONG, "mme", "mme", "mme"),
-    Benchmark("mmbench", PROMPTS["llava_letter"], _LONG, "letter", "mmbench", "mmbench", "dev"),
-    Benchmark("seed_image", PROMPTS["llava_letter"], _LONG, "exact_letter", "seed", "seed"),
-    Benchmark("nocaps", PROMPTS["lmms_caption"], 64, "captions", "captions", "captions", "val"),
-    Benchmark("coco_captions", PROMPTS["lmms_caption"], 64, "captions", "captions", "captions", "test"),
-    Benchmark("flickr30k", PROMPTS["lmms_caption"], 64, "captions", "captions", "captions", "test"),
-    Benchmark("own_vqa", PROMPTS["llava_short"], 64),
-)
+    Benchmark("textvqa_ocr", PROMPTS["llava_short"], _LONG, "m4c", "textvqa_ocr", "vqa", "val",
+              files="TextVQA_0.5.1_val.json, --ocr TextVQA_Rosetta_OCR_v0.2_val.json, train_images/"),
+    # scored by the API's rule on the model's own words; the upload has them in m4c's normal form, as LLaVA's has
+    Benchmark("vizwiz", PROMPTS["llava_vizwiz"], _LONG, "vizwiz", "vizwiz", "vizwiz", "val",
+              files="val.json, val/"),
+    Benchmark("scienceqa", PROMPTS["llava_letter"], 1024, "scienceqa", "scienceqa", "scienceqa", "test",
+              files="problems.json (pid_splits.json beside it), images/"),
+    Benchmark("scienceqa_img", PROMPTS["llava_letter"], 1024, "scienceqa", "scienceqa_img", "scienceqa", "test",
+              files="problems.json (pid_splits.json beside it), images/"),
+    Benchmark("pope", PROMPTS["llava_short"], _LONG, "pope", "pope", "pope",
+              files="the folder of coco_pope_random.json, ..._popular, ..._adversarial; val2014/"),
+    Benchmark("mme", PROMPTS["llava_short"], _LONG, "mme", "mme", "mme",
+              files="MME_Benchmark_release_version/ for both"),
+    Benchmark("mmbench", PROMPTS["llava_letter"], _LONG, "letter", "mmbench", "mmbench", "dev",
+              files="mmbench_dev_20230712.tsv; its pictures are unpacked into --images"),
+    Benchmark("seed_image", PROMPTS["llava_letter"], _LONG, "exact_letter", "seed", "seed",
+              files="SEED-Bench.json, SEED-Bench-image/"),
+    Benchmark("nocaps", PROMPTS["lmms_caption"], split="val", **_CAPTIONS,
+              files="nocaps_val_4500_captions.json, validation/"),
+    Benchmark("coco_captions", PROMPTS["lmms_caption"], split="test", **_CAPTIONS,
+              files="captions_val2014.json, or Karpathy's dataset_coco.json; the pictures' folder"),
+    Benchmark("flickr30k", PROMPTS["lmms_caption"], split="test", **_CAPTIONS,
+              files="dataset_flickr30k.json, or results_20130124.token; flickr30k-images/"),
+    Benchmark("own_vqa", PROMPTS["llava_short"], 64,
+              files="any questions + annotations in VQAv2's format"),
+)  # fmt: skip
 BENCHMARKS: dict[str, Benchmark] = {
     row.name: row for plain in _ROWS for row in (plain, *(plain.as_control(control) for control in CONTROLS))
 }
@@ -196,7 +218,7 @@ def own_row(path: Path | str) -> tuple[Benchmark, dict[str, str]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
-    known = {item.name for item in fields(Benchmark)} - {"control", "control_of", "data_type"}
+    known = {item.name for item in fields(Benchmark)} - {"control", "control_of", "data_type", "files"}
     places = ("questions", "annotations", "images", "ocr")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no `key: value` lines; a row has {', '.join(sorted(known))} and {', '.join(places)}")

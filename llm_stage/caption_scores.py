@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_stage.benchmark_files import VqaItem
 from mmkit.caption_scoring import BleuCounts, bleu_counts, bleu_of, cider_d, rouge_l
-from mmkit.caption_tokens import PTB_JAVA, PTB_PYTHON, java_tokens, java_works, tokens
+from mmkit.caption_tokens import PTB_JAVA, PTB_PYTHON, java_tokens, java_works, package_folders, tokens
 from mmkit.errors import ConfigError, DataError
 from mmkit.stats import bootstrap
 
@@ -227,11 +227,7 @@ def _quiet(scorer: Any, words: Cut) -> float:
 
 
 def _spice_models() -> bool:
-    from importlib.util import find_spec
-
-    spec = find_spec("pycocoevalcap")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    return any(list((Path(root) / "spice" / "lib").glob("stanford-corenlp-*-models.jar")) for root in roots)
+    return any(list((Path(root) / "spice" / "lib").glob("stanford-corenlp-*-models.jar")) for root in package_folders())
 
 
 _JAVA: dict[str, Callable[[Cut], float]] = {"meteor": _meteor, "spice": _spice}

@@ -7,13 +7,13 @@ and emoticons than stand here: figures made with either say which in their proto
 
 from __future__ import annotations
 
-import contextlib
-import io
+import os
 import re
 import shutil
 import unicodedata
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from mmkit.errors import ConfigError
 
@@ -84,8 +84,16 @@ def _unknown(mark: str) -> bool:
 
 
 def java_works() -> bool:
-    """True where Java and pycocoevalcap's jars are."""
-    return shutil.which("java") is not None and find_spec("pycocoevalcap") is not None
+    """True where Java and pycocoevalcap are, in a place that can be written to: the tokeniser puts its input beside its jar."""
+    if shutil.which("java") is None:
+        return False
+    return any(os.access(Path(root) / "tokenizer", os.W_OK) for root in package_folders())
+
+
+def package_folders() -> list[str]:
+    """Where pycocoevalcap lies; empty where it does not."""
+    spec = find_spec("pycocoevalcap")
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def java_tokens(texts: Sequence[str]) -> list[list[str]]:
@@ -95,9 +103,8 @@ def java_tokens(texts: Sequence[str]) -> list[list[str]]:
         ConfigError: Java or pycocoevalcap is not there.
     """
     if not java_works():
-        raise ConfigError("the Penn Treebank tokeniser needs Java and `pip install pycocoevalcap`; --tokeniser ptb_python needs neither")
+        raise ConfigError("the Penn Treebank tokeniser needs Java and `pip install 'mmkit[captions]'` (writable); ptb_python needs neither")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    with contextlib.redirect_stderr(io.StringIO()):
-        cut = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
+    cut = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
     return [cut[number][0].split() for number in range(len(texts))]

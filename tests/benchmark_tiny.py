@@ -244,6 +244,7 @@ def flickr(root: Path) -> Tiny:
 
 MAKERS: dict[str, Callable[[Path], Tiny]] = {
     "mini_vqa": lambda root: vqa(root, data_type="mmkit_mini"),
+    "mini_captions": captions,
     "vqav2": vqa,
     "okvqa": okvqa,
     "own_vqa": vqa,
@@ -259,6 +260,5 @@ MAKERS: dict[str, Callable[[Path], Tiny]] = {
     "seed_image": seed,
     "nocaps": lambda root: captions(root, domains=True),
     "coco_captions": captions,
-    "mini_captions": captions,
     "flickr30k": flickr,
 }

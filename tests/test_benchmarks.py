@@ -100,6 +100,7 @@ def test_every_row_has_a_tiny_set_a_reader_a_scorer_and_an_upload() -> None:
         assert row.scorer in {**SCORERS, "captions": 0}
         assert row.upload in UPLOADS
         assert row.prompt_name != "own"
+        assert row.files
         assert {f"{row.name}_{control}" for control in CONTROLS} <= set(BENCHMARKS)
 
 
@@ -361,3 +362,103 @@ def test_a_real_model_answers_with_and_without_pictures_in_one_batch(tmp_path: P
     for control in CONTROLS:
         assert said[control]["7"] == said[""]["7"]  # it has no picture to lose
         assert said[control] != said[""]
+
+
+# ---- broken official files -----------------------------------------------------------------------------------------------------------
+
+
+def edited(path: Path, edit: Any) -> None:
+    """Change a JSON file's content in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    save(path, content)
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def pope_lines(root: Path) -> Path:
+    return root / "pope" / "coco_pope_popular.json"
+
+
+BROKEN: list[tuple[str, Any, str]] = [
+    ("gqa", lambda r: edited(r / "testdev_balanced_questions.json", lambda d: d["20001"].pop("answer")), "question 20001 lacks answer"),
+    ("gqa", lambda r: save(r / "testdev_balanced_questions.json", []), "no question file of GQA"),
+    ("gqa", lambda r: edited(r / "testdev_balanced_questions.json", lambda d: [q.update(isBalanced=False) for q in d.values()]), "no balanced"),
+    ("gqa", lambda r: (r / "images" / "n2.jpg").unlink(), "1 of 4 questions have no picture .* question 20002 .* n2.jpg"),
+    ("textvqa", lambda r: edited(r / "TextVQA_0.5.1_val.json", lambda d: d["data"][1]["answers"].pop()), "question 34603 has 9 answers"),
+    ("textvqa", lambda r: edited(r / "TextVQA_0.5.1_val.json", lambda d: d["data"].append(d["data"][0])), "question_id 34602 comes twice"),
+    ("textvqa_ocr", lambda r: edited(r / "TextVQA_Rosetta_OCR_v0.2_val.json", lambda d: d["data"].pop()), "no words for the pictures of 1 of 4"),
+    ("vizwiz", lambda r: save(r / "val.json", {"a": 1}), "no list of questions"),
+    ("vizwiz", lambda r: edited(r / "val.json", lambda d: d[2].pop("answers")), "VizWiz_val_00000002.jpg has 0 answers, not ten"),
+    ("scienceqa", lambda r: edited(r / "problems.json", lambda d: d["5"].update(answer=7)), "question 5 has 3 choices and answer 7"),
+    ("scienceqa", lambda r: save(r / "pid_splits.json", {"train": []}), "no split 'test'; it has train"),
+    ("scienceqa", lambda r: edited(r / "problems.json", lambda d: d.pop("4")), "1 of 4 questions of split test are not in"),
+    ("pope", lambda r: pope_lines(r).unlink(), "0 files of POPE's category popular"),
+    ("pope", lambda r: replaced(pope_lines(r), '"yes"', '"maybe"'), "question 1 is labelled 'maybe'"),
+    ("pope", lambda r: replaced(pope_lines(r), '"question_id": 2', '"question_id": 1'), "question_id 1 comes twice"),
+    ("mme", lambda r: replaced(r / "mme" / "count" / "0001.txt", "Is it blue? Please answer yes or no.\tNo\n", ""), "have not two questions: 0001.png"),
+    ("mme", lambda r: replaced(r / "mme" / "count" / "0001.txt", "\tNo", " No"), "line 2: question, Yes or No, with tabs"),
+    ("mmbench", lambda r: replaced(r / "mmbench_dev.tsv", "\tB\tcolor", "\t\tcolor"), "question 1000007 has the answer '', and options A, B"),
+    ("mmbench", lambda r: replaced(r / "mmbench_dev.tsv", "index", "number"), "lacks the columns index"),
+    ("mmbench", lambda r: replaced(r / "mmbench_dev.tsv", "color\t/9j", "color\t!9j"), "picture of question 7 is no base64"),
+    ("seed_image", lambda r: edited(r / "SEED-Bench.json", lambda d: d["questions"][1].update(answer="E")), "question 101 has the answer 'E'"),
+    ("seed_image", lambda r: edited(r / "SEED-Bench.json", lambda d: [q.update(data_type="video") for q in d["questions"]]), "no question of data_type"),
+    ("okvqa", lambda r: edited(r / "a.json", lambda d: d["annotations"].pop(1)), "1 of 4 questions .* have no annotation .*: 1000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "edit", "message"), BROKEN, ids=[f"{name}-{message[:24]}" for name, _, message in BROKEN])
+def test_a_broken_official_file_is_named_and_nothing_is_written(tmp_path: Path, model: Knows, name: str, edit: Any, message: str) -> None:
+    tiny = made(tmp_path, name)
+    edit(tmp_path / "data" / name)
+    model.always = "A"
+    words = [word for key, value in tiny.flags.items() for word in (f"--{key}", value)]
+    with pytest.raises(DataError, match=message):
+        eval_vqa.main(["--model", str(tmp_path / "model"), *words, "--benchmark", name, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert not model.asked
+
+
+def test_textvqa_with_ocr_asks_for_the_words_or_takes_llavas_prompts(tmp_path: Path, model: Knows) -> None:
+    tiny = made(tmp_path, "textvqa_ocr")
+    del tiny.flags["ocr"]
+    model.always = "red"
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--images",
+        tiny.flags["images"],
+        "--benchmark",
+        "textvqa_ocr",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(DataError, match="TextVQA with OCR needs the words: --ocr"):
+        eval_vqa.main([*words, "--questions", tiny.flags["questions"]])
+    prompts = [
+        {"question_id": f"{n:016x}", "image": f"{n:016x}.jpg", "text": f"What is written?\nReference OCR token: W{n}, x\nShort."}
+        for n in (0, 2)
+    ]
+    save(tmp_path / "llava_textvqa_val_v051_ocr.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
+    words += ["--questions", str(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")]
+    with pytest.raises(DataError, match="prompts without answers: give TextVQA's own file"):
+        eval_vqa.main(words)
+    summary = json.loads((eval_vqa.main([*words, "--annotations", tiny.flags["questions"]]) / "summary.json").read_text())
+    assert (summary["n"], summary["metrics"]["vqa_accuracy"]["value"]) == (2, 50.0)
+    assert any("Reference OCR token: W2, x\nAnswer the question" in text for text, _ in model.asked)
+
+
+def test_a_circular_question_counts_where_all_its_rotations_are_right(tmp_path: Path, model: Knows) -> None:
+    model.always = "(A) of course"
+    metrics = run(tmp_path, "mmbench", made(tmp_path, "mmbench"), model)["metrics"]
+    assert metrics["accuracy"]["value"] == 50.0
+    assert metrics["circular_accuracy"] == {"value": 0.0, "ci95": metrics["circular_accuracy"]["ci95"], "n": 4}
+
+
+def test_pictures_of_mmbench_are_unpacked_once_where_they_are_asked_for(tmp_path: Path, model: Knows) -> None:
+    run(tmp_path, "mmbench", made(tmp_path, "mmbench"), model)
+    assert sorted(path.name for path in (tmp_path / "data" / "mmbench" / "unpacked").iterdir()) == ["10.jpg", "7.jpg", "8.jpg", "9.jpg"]

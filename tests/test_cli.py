@@ -104,7 +104,9 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("mmkit ")
 
 
-@pytest.mark.parametrize(("what", "expected"), [("encoders", "mini-clip"), ("llms", "mini-llm"), ("recipes", "mini_stage1")])
+@pytest.mark.parametrize(
+    ("what", "expected"), [("encoders", "mini-clip"), ("llms", "mini-llm"), ("recipes", "mini_stage1"), ("benchmarks", "textvqa_ocr")]
+)
 def test_lists_show_what_can_be_named(what: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", what]) == 0
     assert expected in capsys.readouterr().out

@@ -121,6 +121,7 @@ def test_questions_are_asked_in_the_benchmarks_words_after_the_image(world: Path
 def test_the_mini_prompt_is_the_line_that_training_uses() -> None:
     language = pytest.importorskip("mmkit.minidata.language")
     assert BENCHMARKS["mini_vqa"].ask("why?") == f"why?\n{language.SHORT_ANSWER}"
+    assert BENCHMARKS["mini_captions"].prompt in Path(language.__file__).read_text(encoding="utf-8")
 
 
 def test_the_control_takes_every_picture_away_from_its_question(world: Path, painter: Painter) -> None:
