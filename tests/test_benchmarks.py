@@ -345,6 +345,15 @@ def test_the_report_sets_every_control_beside_its_benchmark(tmp_path: Path, mode
     assert "vqav2 (text only)" in text
 
 
+def test_the_report_compares_pope_by_what_its_items_average_to(tmp_path: Path, model: Knows) -> None:
+    tiny = made(tmp_path, "pope")
+    run(tmp_path, "pope", tiny, model, out="runs/clip/pope")
+    model.always = "yes"
+    run(tmp_path, "pope", tiny, model, "--control", "blank", out="runs/clip/pope_blank")
+    (row,) = controls(read_runs([tmp_path / "runs"]))
+    assert (row["metric"], row["score"]["value"], row["control"]["value"], row["difference"]) == ("accuracy", 100.0, 50.0, 50.0)
+
+
 def test_a_real_model_answers_with_and_without_pictures_in_one_batch(tmp_path: Path) -> None:
     llm, tokenizer = tiny_llm(0, tie=False)
     with torch.no_grad():  # fresh weights hardly look at their input
