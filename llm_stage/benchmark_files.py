@@ -94,7 +94,8 @@ def read_json(path: Path | str, key: str) -> dict[str, Any]:
     rows = data.get(key) if isinstance(data, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         has = ", ".join(list(data)[:8]) if isinstance(data, dict) else f"a {type(data).__name__}"
-        hint = ". Questions and annotations come in two files, as in VQAv2" if key in ("questions", "annotations") else ""
+        hint = ". Questions and annotations come in two files, as in VQAv2; other formats go by --benchmark (`mmkit list benchmarks`)"
+        hint = hint if key in ("questions", "annotations") else ""
         raise DataError(f"{path} has no list '{key}'; it holds {has}{hint}")
     if not rows:
         raise DataError(f"{path}: the list '{key}' is empty")
@@ -366,25 +367,44 @@ def read_caption_items(source: Source) -> tuple[Found, Head]:
     path = source.annotations or source.questions
     head: Head = {"sha256": file_hash(path) if path.is_file() else ""}
     content = load_json(path, "captions") if path.suffix == ".json" else None
-    if not (isinstance(content, dict) and "images" in content and "annotations" in content):
+    images = content.get("images") if isinstance(content, dict) else None
+    if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        return list(first(_karpathy_captions(path, images, source.split or "test"), source.limit)), head
+    if not (isinstance(content, dict) and isinstance(images, list) and "annotations" in content):
         return list(first(_other_captions(path, source), source.limit)), head
     texts: dict[Any, list[str]] = {}
     for row in content["annotations"]:
         texts.setdefault(row.get("image_id"), []).append(str(row.get("caption", "")))
-    images = by_question(content["images"], ("file_name",), path, "id")
-    bare = [name for name in images if name not in texts]
+    by_id = by_question(images, ("file_name",), path, "id")
+    bare = [name for name in by_id if name not in texts]
     if bare and not source.unlabelled:
-        raise DataError(f"{path}: {len(bare)} of {len(images)} images have no caption: {some(bare)}. A test split has none: --unlabelled")
+        raise DataError(f"{path}: {len(bare)} of {len(by_id)} images have no caption: {some(bare)}. A test split has none: --unlabelled")
     found: Found = []
-    for name, row in first(list(images.items()), source.limit):
+    for name, row in first(list(by_id.items()), source.limit):
         file = str(row["file_name"])
         domain = str(row.get("domain") or "all")
         found.append((item_of(name, "", domain, texts.get(name, []), (file,)), [file, file.rsplit("/", 1)[-1]]))
     return found, head
 
 
+def _karpathy_captions(path: Path, images: Sequence[Mapping[str, Any]], split: str) -> Found:
+    """A split of Karpathy's files, by COCO's image id where it stands there, else by the picture's name."""
+    chosen = [row for row in images if row.get("split") == split]
+    if not chosen:
+        raise DataError(f"{path} has no split '{split}'; it has {some(sorted({str(row.get('split')) for row in images}))} (--split)")
+    found: Found = []
+    for number, row in enumerate(chosen):
+        if "filename" not in row or not row.get("sentences"):
+            raise DataError(f"{path}: image {number} of split {split} lacks filename or sentences")
+        file = str(row["filename"])
+        names = [f"{row['filepath']}/{file}", file] if row.get("filepath") else [file]
+        texts = [str(sentence["raw"]).strip() for sentence in row["sentences"]]
+        found.append((item_of(row.get("cocoid", file), "", "all", texts, (file,) if "cocoid" in row else ()), names))
+    return found
+
+
 def _other_captions(path: Path, source: Source) -> Found:
-    """Karpathy's splits, lists and Flickr's text files, by the names of their pictures."""
+    """Lists and Flickr's text files, by the names of their pictures."""
     rows = [(name, texts) for name, texts in caption_rows(path, source.split or "test") if texts]
     if not rows:
         raise DataError(f"{path} has no caption in it")

@@ -122,12 +122,12 @@ def _pope_official(rows: Sequence[Scored], parse: Callable[[str], str] = rules.p
     out: dict[str, Any] = {}
     for kind in sorted({row.item.kind for row in rows}):
         some = [row for row in rows if row.item.kind == kind]
-        out[kind] = rules.yes_no_figures([parse(row.answer) for row in some], [row.item.answers[0] for row in some])
+        out[kind] = rules.yes_no_figures([parse(row.answer) for row in some], [row.item.answers[0].lower() for row in some])
     return {**out, "mean_f1": sum(figures["f1"] for figures in out.values()) / len(out)}
 
 
 def _pope_lmms_official(rows: Sequence[Scored]) -> dict[str, Any]:
-    return dict(rules.yes_no_figures_lmms([row.answer for row in rows], [row.item.answers[0] for row in rows]))
+    return dict(rules.yes_no_figures_lmms([row.answer for row in rows], [row.item.answers[0].lower() for row in rows]))
 
 
 def _pope_extra(rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -135,7 +135,7 @@ def _pope_extra(rows: Sequence[Scored]) -> dict[str, Metric]:
     kinds = sorted({row.item.kind for row in rows})
     columns = np.zeros((len(rows), 3 * len(kinds)))
     for number, row in enumerate(rows):
-        said, gold = rules.parse_pope(row.answer), row.item.answers[0]
+        said, gold = rules.parse_pope(row.answer), row.item.answers[0].lower()
         place = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "yes"): 2}.get((said, gold))
         if place is not None:
             columns[number, 3 * kinds.index(row.item.kind) + place] = 1
@@ -173,8 +173,8 @@ def _groups(rows: Sequence[Scored], key: Callable[[VqaItem], Any]) -> dict[Any, 
 
 
 def _scienceqa(item: VqaItem, answer: str) -> float:
-    letter = rules.parse_scienceqa(answer)
-    return float(rules.letter_index(letter, item.facts["choices"]) == rules.letter_index(item.answers[0], item.facts["choices"]))
+    letter, choices = rules.parse_scienceqa(answer), item.facts.get("choices", len(rules.LETTERS))
+    return float(letter != FAILED and rules.letter_index(letter, choices) == rules.letter_index(item.answers[0], choices))
 
 
 def _scienceqa_extra(rows: Sequence[Scored]) -> dict[str, Metric]:

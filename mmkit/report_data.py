@@ -56,7 +56,9 @@ class Evaluation:
 
     @property
     def main(self) -> str:
-        """Name of the headline metric."""
+        """Name of the headline metric: the one that is the mean of the items' scores, where the summary names it."""
+        if self.summary.get("item_metric") in self.metrics:
+            return str(self.summary["item_metric"])
         plain = [name for name in self.metrics if "/" not in name and name != BASELINE]
         return next((name for name in MAIN_METRICS if name in plain), plain[0] if plain else next(iter(self.metrics)))
 

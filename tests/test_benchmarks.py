@@ -345,6 +345,15 @@ def test_the_report_sets_every_control_beside_its_benchmark(tmp_path: Path, mode
     assert "vqav2 (text only)" in text
 
 
+def test_the_report_compares_pope_by_what_its_items_average_to(tmp_path: Path, model: Knows) -> None:
+    tiny = made(tmp_path, "pope")
+    run(tmp_path, "pope", tiny, model, out="runs/clip/pope")
+    model.always = "yes"
+    run(tmp_path, "pope", tiny, model, "--control", "blank", out="runs/clip/pope_blank")
+    (row,) = controls(read_runs([tmp_path / "runs"]))
+    assert (row["metric"], row["score"]["value"], row["control"]["value"], row["difference"]) == ("accuracy", 100.0, 50.0, 50.0)
+
+
 def test_a_real_model_answers_with_and_without_pictures_in_one_batch(tmp_path: Path) -> None:
     llm, tokenizer = tiny_llm(0, tie=False)
     with torch.no_grad():  # fresh weights hardly look at their input
@@ -421,6 +430,28 @@ def test_a_broken_official_file_is_named_and_nothing_is_written(tmp_path: Path, 
         eval_vqa.main(["--model", str(tmp_path / "model"), *words, "--benchmark", name, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     assert not model.asked
+
+
+@pytest.mark.parametrize("name", [name for name in VQA_ROWS if name != "mmbench"])  # whose pictures are in its file
+def test_a_picture_that_is_not_there_is_named_on_every_row(tmp_path: Path, model: Knows, name: str) -> None:
+    tiny = made(tmp_path, name)
+    items, _ = items_of(name, tiny)
+    (Path(tiny.flags["images"]) / items[0].image).unlink()
+    with pytest.raises(DataError, match=rf"questions have no picture under .*question {items[0].question_id} .*--images DIR"):
+        items_of(name, tiny)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_scorer_can_score_a_set_of_ones_own(tmp_path: Path, model: Knows, scorer: str) -> None:
+    tiny = made(tmp_path, "own_vqa")
+    right = {"pope": "Yes", "mme": "Yes", "letter": "B", "scienceqa": "B"}.get(scorer.removeprefix("lmms_").removeprefix("exact_"), "red")
+    edited(
+        Path(tiny.flags["annotations"]), lambda d: [answer.update(answer=right) for row in d["annotations"] for answer in row["answers"]]
+    )
+    tiny.right = dict.fromkeys(tiny.right, right)
+    summary = run(tmp_path, "own_vqa", tiny, model, "--scorer", scorer)
+    assert summary["metrics"][summary["item_metric"]]["value"] == 100.0
+    assert summary["protocol"]["scorer"] == scorer
 
 
 def test_textvqa_with_ocr_asks_for_the_words_or_takes_llavas_prompts(tmp_path: Path, model: Knows) -> None:

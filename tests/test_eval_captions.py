@@ -95,6 +95,19 @@ def test_nocaps_is_told_apart_by_domain(tmp_path: Path, painter: Painter) -> Non
     )
 
 
+def test_karpathys_split_of_coco_goes_by_cocos_image_ids(tmp_path: Path, painter: Painter) -> None:
+    words = flags(tmp_path, "flickr30k")
+    path = Path(words[words.index("--annotations") + 1])
+    content = json.loads(path.read_text())
+    for row in content["images"]:
+        row |= {"cocoid": row["imgid"] + 391895, "split": "test" if row["imgid"] else "val"}
+    save(path, content)
+    assert summary_of(eval_captions.main(words))["n"] == 3
+    assert json.loads((tmp_path / "out" / "submission.json").read_text())[0]["image_id"] == 391896
+    with pytest.raises(DataError, match="no split 'dev'; it has test, val"):
+        eval_captions.main([*words, "--split", "dev"])
+
+
 @pytest.mark.skipif(not java_works(), reason="no Java, or no pycocoevalcap")
 def test_java_gives_the_names_of_the_literature(tmp_path: Path, painter: Painter) -> None:
     words = flags(tmp_path, "coco_captions", "out", "--tokeniser", "auto")
