@@ -61,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "eval goi": Command(
         "encoders.eval_goi:main", "name the object of a region from a frozen encoder's CLS: a linear probe, top-1 and top-5"
     ),
+    "eval heads": Command("encoders.eval_heads:main", "AP of boxes or masks, CIDEr of captions, of a ViSFT head on a COCO-format set"),
     "eval vqa": Command(
         "llm_stage.eval_vqa:main",
         "answer a benchmark's questions (VQAv2, GQA, POPE, ... or your own); --control shuffled, blank, text_only",

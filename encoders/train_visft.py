@@ -15,6 +15,7 @@ Source: Supervised Fine-tuning in turn Improves Visual Foundation Models (ViSFT)
 stage 2 (theirs drop out), CLS stays and pictures are normalised as the tower's were; three flags bring theirs back.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.catalog import describe, load_encoder
+from encoders.head_scores import predict_rows, score_text, score_with_intervals
 from encoders.heads.base import Head, StepCounts, Terms
 from encoders.heads.registry import save_head
 from encoders.lora import LoraAdapter, LoraSettings, add_lora
@@ -49,10 +51,11 @@ from encoders.visft_parts import (
     task_data,
 )
 from encoders.visft_settings import VisftConfig
-from mmkit.checkpoint import atomic_folder
+from mmkit.checkpoint import atomic_folder, atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError
 from mmkit.optim import cosine_schedule, param_groups
+from mmkit.ranks import gather
 from mmkit.run import Run
 from mmkit.trainable import freeze, trainable_table, weights_hash
 
@@ -106,6 +109,7 @@ def train_head(config: VisftConfig) -> Path:
 
     if run.step == 0:
         say(run, "untrained", held_out.measure(0, loss_of, run.device))
+        score_head(run, config, "untrained", head, maps, found[True])
     totals = StepCounts(lambda batch: head.counts(batch["targets"]))
     head.train()
     for batch in run.batches(data, collate_items, weigh=one, look_ahead=totals):
@@ -118,9 +122,11 @@ def train_head(config: VisftConfig) -> Path:
             head.train()
 
     say(run, f"after {run.step} steps", held_out.measure(run.step, loss_of, run.device))
+    score_head(run, config, "trained", head, maps, found[True])
     if run.is_main:
         origin = f"ViSFT stage 1, {run.step} steps behind {config.encoder}"
         about = {"encoder": config.encoder, "encoder_hash": digest, "canvas": canvas, "step": run.step}
+        about |= {"drop_cls": config.drop_cls, "imagenet_norm": config.imagenet_norm}
         save_head(head, run.folder / "head", origin, overwrite=True, **about)
     return finish(run, {task: data})
 
@@ -130,6 +136,18 @@ def features_of(batch: Mapping[str, Any], maps: FeatureMaps) -> Tensor:
     """Give the maps [B, C, h, w] of a batch: as they were cached, or computed."""
     cached: Tensor | None = batch.get("features")
     return maps(batch["pixels"]) if cached is None else cached
+
+
+def score_head(run: Run, config: VisftConfig, when: str, head: Head, maps: FeatureMaps, data: TaskData) -> None:
+    """Print and write down what a head is worth on some held-out images: AP, or CIDEr of captions it writes. The others wait for the first."""
+    if config.scored_images and run.is_main:
+        path, task = run.folder / "scores.json", config.task
+        rows = predict_rows(head.eval(), maps, data, range(min(config.scored_images, len(data))), run.device, config.data.held_out_batch)
+        scores = score_with_intervals(task, rows, data.data.coco)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"task": task}
+        atomic_write(path, json.dumps({**before, when: scores}, indent=1) + "\n")
+        run.print(f"held-out, {when}, {len(rows)} images: {score_text(task, {name: row['value'] for name, row in scores.items()})}")
+    gather(None)
 
 
 def due(run: Run, config: VisftConfig) -> bool:

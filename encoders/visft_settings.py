@@ -105,6 +105,9 @@ class VisftConfig:
         default=False, metadata={"help": "stage lora: divide each task's loss by its held-out value before the first step (ours)"}
     )
     eval_every: int = field(default=0, metadata={"help": "steps between held-out losses; 0 is at the start and the end", "free": True})
+    scored_images: int = field(
+        default=100, metadata={"help": "stage heads: held-out images for AP or CIDEr, untrained and trained; 0: none"}
+    )
     drop_cls: bool = field(default=False, metadata={"help": "leave the CLS token out of the sequence, as the authors trained"})
     imagenet_norm: bool = field(
         default=False, metadata={"help": "normalise pictures with ImageNet's mean and deviation, as the authors did"}
