@@ -11,6 +11,7 @@ import numpy as np
 
 from apps.quickstart_plan import VISFT_TASKS
 from apps.visft_plan import ARMS, BEFORE, EVALUATIONS, PERMUTED, TRUE, evaluation_of, work_of
+from encoders.head_scores import MAIN_SCORE
 from mmkit.checkpoint import atomic_write
 from mmkit.config import load_config
 from mmkit.errors import DataError
@@ -21,6 +22,7 @@ from mmkit.stats import Estimate, over_seeds, paired_bootstrap, wilson
 SHOWN = {BEFORE: "before", TRUE: "visft", PERMUTED: "permuted"}  # names of the arms in the report
 TITLES = {"mini_zeroshot": "zero-shot naming", "mini_ocr": "the OCR probe", "goi_image": "the object probe on whole pictures",
           "goi_box": "the object probe on regions"}  # fmt: skip
+HEAD_SCORES = {"detection": "box AP", "segmentation": "mask AP", "caption": "CIDEr"}
 RULE = "a probe gain that the permuted control shows too is no gain"
 
 
@@ -90,7 +92,20 @@ def heads_findings(out: Path) -> list[dict[str, Any]]:
         parts.append((task, losses[0][1], losses[-1][1]))
     better = all(last < first for _, first, last in parts)
     evidence = "; ".join(f"{task} {first:.3f} untrained, {last:.3f} after stage 1" for task, first, last in parts)
-    return [{"headline": "Heads on the frozen encoder, held-out loss", "evidence": evidence, "good": better}]
+    found = [{"headline": "Heads on the frozen encoder, held-out loss", "evidence": evidence, "good": better}]
+    files = {task: out / "work" / f"visft_{task}" / "scores.json" for task in VISFT_TASKS}
+    if not all(path.is_file() for path in files.values()):  # --scored_images 0
+        return found
+    told, gained = [], []
+    for task, path in files.items():
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        before, after = (scores[when][MAIN_SCORE[task]] for when in ("untrained", "trained"))
+        low, high = after["ci95"]
+        told.append(
+            f"{HEAD_SCORES[task]} {before['value']:.2f} untrained, {after['value']:.2f} [{low:.2f}, {high:.2f}] after (n {after['n']})"
+        )
+        gained.append(after["value"] > before["value"])
+    return [*found, {"headline": "Heads on the frozen encoder, what they find", "evidence": "; ".join(told), "good": all(gained)}]
 
 
 def held_out_findings(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:

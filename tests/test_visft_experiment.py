@@ -136,6 +136,12 @@ def finished(out: Path, seeds: tuple[int, ...]) -> None:
 
     for task in ("detection", "segmentation", "caption"):
         losses(out / "work" / f"visft_{task}", 1.0, task)
+        name = "cider" if task == "caption" else "ap"
+        worth = {
+            when: {name: {"value": value, "ci95": [value - 1, value + 1], "n": 100}}
+            for when, value in (("untrained", 1.5), ("trained", 20.5))
+        }
+        (out / "work" / f"visft_{task}" / "scores.json").write_text(json.dumps({"task": task, **worth}))
     for seed in seeds:
         for arm in ARMS:
             losses(work_of(out, arm, seed), {TRUE: 1.9, PERMUTED: 2.5}[arm], "detection", "segmentation", "caption")
@@ -166,6 +172,7 @@ def test_seeds_become_arms_curves_and_sentences_in_the_report(tmp_path: Path) ->
     page = (tmp_path / "report.html").read_text()
     assert "a probe gain that the permuted control shows too is no gain" in page
     assert "true +5.00, +5.00, permuted -25.00, -25.00" in page
+    assert "box AP 1.50 untrained, 20.50 [19.50, 21.50] after (n 100)" in page
     assert "the held-out loss falls more with true annotations than with permuted" in page
 
 
