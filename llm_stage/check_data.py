@@ -40,12 +40,14 @@ from llm_stage.preflight import (
     quantile,
 )  # fmt: skip
 from llm_stage.rows import parse_row, read_rows
+from llm_stage.tiles import Tiles
 from mmkit.batches import Layout
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry
 from mmkit.errors import ConfigError, DataError
+from mmkit.images import ImageSpec
 
-CLIP_L_336 = 576  # LLaVA-1.5's
+CLIP_L_336, CLIP_L_SIZE = 576, 336  # LLaVA-1.5's
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         show(rows, args.show, path, chat_format, tokens, args.max_length)
         return path
     root = Path(args.images) if args.images else None
-    examiner = Examiner(rows, str(path), root, chat_format, tokens, args.max_length, args.decode, args.strict)
+    tiles = Tiles(args.tiles, ImageSpec(tower.get("image_size", CLIP_L_SIZE))) if args.tiles else None
+    examiner = Examiner(rows, str(path), root, chat_format, tokens, args.max_length, args.decode, args.strict, tiles)
     found = list(tqdm(examiner.examine(args.num_workers), total=len(rows), desc="rows", unit=" rows", disable=None, smoothing=0.05))
     report = summarise(found, args, tokens, tower)
     print(render(report))
@@ -103,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--llm", default="", help="language model (only its tokenizer and config are read); without it tokens are left out")
     add("--encoder", default="", help="encoder, for the tokens per image and its size; its weights are loaded")
     add("--tokens_per_image", type=int, default=0, help=f"instead of --encoder; default {CLIP_L_336}, as CLIP-L/14 at 336 px")
+    add("--tiles", type=int, default=0, help="tiles of a large picture at most, as in the training; needs --images")
     add("--template", default="own", help=f"{', '.join(TEMPLATES)}, or own: the tokenizer's")
     add("--system", default=None, help="system prompt in place of the template's")
     add("--max_length", type=int, default=2048, help="tokens of a row; whole rounds at its end are cut, images never")
@@ -144,6 +148,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {out} is the file that is checked: name another")
         if out and Path(out).exists() and not args.overwrite:
             raise ConfigError(f"--{name} {out} exists: name another, or add --overwrite")
+    if args.tiles and not args.images:
+        raise ConfigError("--tiles needs --images: how often a picture is cut depends on its size")
     if args.images and not Path(args.images).is_dir():
         raise ConfigError(f"--images {args.images} is no folder: give the one that the rows' image paths are relative to")
 

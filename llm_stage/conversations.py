@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llm_stage.chat_format import IGNORE_INDEX, IMAGE_MARK, ChatFormat, Encoded, Turn
 from llm_stage.rows import Conversation, RowError, parse_row, read_rows
+from llm_stage.tiles import Tiles
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageSpec, open_image
 
@@ -57,6 +58,7 @@ def check(
     tokens_per_image: int = 1,
     max_length: int = 2048,
     decode: bool = True,
+    tiles: Tiles | None = None,
 ) -> Check:
     """Go through a whole file before a training: rows, roles, marks, pictures, lengths, labels.
 
@@ -67,6 +69,7 @@ def check(
         tokens_per_image: For the lengths.
         max_length: Tokens of a row.
         decode: Open and read every picture, not only see that the file is there.
+        tiles: How pictures are cut; needs the folder.
 
     Raises:
         ValueError: The file itself cannot be read. Bad rows are in the result.
@@ -86,6 +89,8 @@ def check(
                     open_image(Path(image_root or ".") / name, item.where)
                 else:
                     _must_exist(Path(image_root or "."), name, item.where)
+            if tiles is not None and image_root is not None:
+                item = tiled(item, tiles, Path(image_root))[0]
             if chat_format is not None:
                 encoded, rounds = encode_within(item, chat_format, tokens_per_image, max_length)
                 lost = len(item.turns) // 2 - rounds
@@ -117,6 +122,21 @@ def _must_exist(root: Path, name: str, where: str) -> None:
     if not (root / name).is_file():
         message = f"{where}: image {root / name} is not there: fetch it, or give the folder that {name!r} is relative to (--data.images)"
         raise RowError(message, "image missing")
+
+
+def tiled(item: Conversation, tiles: Tiles, root: Path) -> tuple[Conversation, list[int]]:
+    """Give a conversation with a placeholder for each view of its pictures, and how many views each picture has.
+
+    Raises:
+        ImageError: A picture's header cannot be read.
+    """
+    counts = [tiles.count_of(root / name, item.where) for name in item.images]
+    turns, seen = [], 0
+    for turn in item.turns:
+        marks = turn.text.count(IMAGE_MARK) if turn.role == "user" and counts else 0
+        turns.append(replace(turn, text=tiles.place(turn.text, counts[seen : seen + marks])) if marks else turn)
+        seen += marks
+    return replace(item, turns=turns), counts
 
 
 def encode_within(item: Conversation, chat_format: ChatFormat, tokens_per_image: int, max_length: int) -> tuple[Encoded, int]:
@@ -168,6 +188,7 @@ class ConversationDataset:
         tokens_per_image: Placeholders per picture.
         max_length: Tokens of a row; whole rounds at the end are left out beyond it.
         on_bad_sample: "error" stops at the first bad row; "skip" leaves rows out, and gives None for a picture that turns out broken.
+        tiles: How pictures are cut; None shows them whole.
 
     Attributes:
         conversations: The rows in use.
@@ -188,11 +209,16 @@ class ConversationDataset:
         tokens_per_image: int = 1,
         max_length: int = 2048,
         on_bad_sample: Policy = "error",
+        tiles: Tiles | None = None,
     ) -> None:
+        self.spec, self.tiles = spec, tiles
         self.root = Path(image_root) if image_root not in (None, "") else None
         self.chat_format, self.tokens_per_image, self.max_length, self.policy = chat_format, tokens_per_image, max_length, on_bad_sample
         self._transform = spec.transform() if spec is not None else None
         self.conversations, self.skipped = _parse_all(path, self.root)
+        self.views: list[list[int]] = []  # of each row's pictures, where they are cut
+        if tiles is not None and self.root is not None:
+            self._cut(tiles, self.root)
         self.broken: dict[int, str] = {}
         self.image_source: Callable[[str], Tensor] | None = None
         if self.skipped and on_bad_sample == "error":
@@ -208,13 +234,26 @@ class ConversationDataset:
                 f"{pictured.where} has an image, and no folder of images is given (--data.images); text-only training takes no images"
             )
 
+    def _cut(self, tiles: Tiles, root: Path) -> None:
+        """Put a placeholder for each view; rows whose pictures have no header are bad ones."""
+        rows, self.conversations = self.conversations, []
+        for item in rows:
+            try:
+                row, counts = tiled(item, tiles, root)
+            except DataError as error:
+                self.skipped.append(str(error))
+                continue
+            self.conversations.append(row)
+            self.views.append(counts)
+
     def __len__(self) -> int:
         return len(self.conversations)
 
     @property
     def lengths(self) -> list[int]:
         """Words and image tokens of each row, from the index alone; good enough to group rows of like length."""
-        return [item.words + len(item.images) * self.tokens_per_image for item in self.conversations]
+        views = [sum(counts) for counts in self.views] or [len(item.images) for item in self.conversations]
+        return [item.words + count * self.tokens_per_image for item, count in zip(self.conversations, views, strict=True)]
 
     @property
     def modalities(self) -> list[bool]:
@@ -230,7 +269,7 @@ class ConversationDataset:
             return {
                 "input_ids": encoded.input_ids,
                 "labels": encoded.labels,
-                "images": [self._open(item, name) for name in item.images[:kept]],
+                "images": self._pictures(index, kept),
             }
         except DataError as error:
             if self.policy == "error":
@@ -239,6 +278,24 @@ class ConversationDataset:
                 self.broken[index] = str(error)
                 print(f"skipped: {error}", flush=True)
             return None
+
+    def _pictures(self, index: int, kept: int) -> list[Tensor]:
+        """Tensors of the first `kept` placeholders of a row."""
+        item = self.conversations[index]
+        if self.tiles is None or not self.views:
+            return [self._open(item, name) for name in item.images[:kept]]
+        assert self.root is not None
+        assert self.spec is not None
+        assert self._transform is not None
+        found: list[Tensor] = []
+        for name, count in zip(item.images, self.views[index], strict=True):
+            if len(found) == kept:
+                break
+            whole, *tiles = self.tiles.views(open_image(self.root / name, item.where))
+            if 1 + len(tiles) != count:
+                raise DataError(f"{item.where}: {name} has {1 + len(tiles)} views, its header said {count}: it changed, or its header lies")
+            found += [self._transform(whole), *(self.spec.normalise(tile) for tile in tiles)]
+        return found
 
     def _open(self, item: Conversation, name: str) -> Tensor:
         if self.image_source is not None:

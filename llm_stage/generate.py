@@ -29,8 +29,10 @@ from transformers import (
 )
 
 from llm_stage.chat_format import IMAGE_MARK, ChatFormat, Turn
+from llm_stage.llava import tower_geometry
 from llm_stage.llava_folder import LlavaCard, load_llava
 from llm_stage.models import MODELS, model_folder
+from llm_stage.tiles import Tiles
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import open_image
 
@@ -75,6 +77,7 @@ class ChatModel:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.chat_format, self.name, self.card = chat_format, name, card
         self.tokens_per_image = int(model.config.image_seq_length)
+        self.tiles = Tiles(card.tiles, tower_geometry(model.model.vision_tower).spec) if card and card.tiles else None
         self.stop_ids = chat_format.stop_ids if chat_format else _stop_ids(model, self.tokenizer)
         self.last_batch_size = 0
 
@@ -150,6 +153,7 @@ class ChatModel:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; at least 1 is right")
+        requests = [self._cut(request, f"request {index}") for index, request in enumerate(requests)]
         prompts = [self._prompt(request, f"request {index}") for index, request in enumerate(requests)]
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory runs out at once, or never
         answers: list[str] = [""] * len(prompts)
@@ -193,6 +197,7 @@ class ChatModel:
             max_new_tokens, temperature, top_p, seed: As for `generate`.
             stop: Set it, from any thread, to end early.
         """
+        request = self._cut(request, "the request")
         prompt = self._prompt(request, "the request")
         inputs = self._inputs([prompt], [request.images], [0])
         settings = self._settings(max_new_tokens, temperature, top_p, len(prompt))
@@ -215,6 +220,23 @@ class ChatModel:
         return {**card, **(self.card.encoder_card if self.card else {})}
 
     # -- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _cut(self, request: ChatRequest, where: str) -> ChatRequest:
+        """The request with the views of its pictures in their place, where the model was trained with tiles."""
+        if self.tiles is None or not request.images:
+            return request
+        views = [self.tiles.views(open_image(image, where)) for image in request.images]
+        turns, seen = [], 0
+        for turn in place_marks(request):
+            marks = turn.text.count(IMAGE_MARK) if turn.role == "user" else 0
+            counts = [len(some) for some in views[seen : seen + marks]]
+            if len(counts) < marks:
+                raise DataError(f"{where}: {IMAGE_MARK} stands more often in the chat than there are images ({len(views)})")
+            turns.append(replace(turn, text=self.tiles.place(turn.text, counts)) if marks else turn)
+            seen += marks
+        if seen != len(views):
+            raise DataError(f"{where}: {IMAGE_MARK} stands {seen} times in the chat, and there are {len(views)} images")
+        return ChatRequest(turns, [view for some in views for view in some])
 
     def _prompt(self, request: ChatRequest, where: str) -> list[int]:
         """Ids of one prompt, images as placeholders."""

@@ -30,6 +30,7 @@ class LlavaCard:
         template, system: Of `ChatFormat`.
         stage: 1 or 2.
         resize: As for `with_resize`.
+        tiles: Of `Tiles`: how large pictures are cut in use; 0 not at all.
         quantization: How the LLM was held in training, if not whole: {"bits": 4, "type": "nf4", "double": true, "dtype": "bf16"}. Its
             adapters are added to weights that went through the same rounding.
         encoder_card: What is known of the encoder: its origin, width, image size, tokens.
@@ -46,6 +47,7 @@ class LlavaCard:
     system: str | None = None
     stage: int = 1
     resize: str = "own"
+    tiles: int = 0
     quantization: dict[str, Any] = field(default_factory=dict)
     encoder_card: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from llm_stage.tiles import MOST
 from mmkit.deepspeed_block import refuse_contradictions
 from mmkit.errors import ConfigError
 from mmkit.launch import read_deepspeed_block
@@ -76,6 +77,9 @@ class LlavaSettings:
         default="own",
         metadata={"help": "how pictures become square: the encoder's own way, or crop, squash, pad (bars in the mean colour)"},
     )
+    tiles: int = field(
+        default=0, metadata={"help": "tiles of a large picture at most, shown besides the whole of it (any resolution); 0 cuts nothing"}
+    )
     template: str = field(default="own", metadata={"help": "plain, vicuna_v1, llama_2, llama_3, chatml, or own: the tokenizer's"})
     system: str | None = field(default=None, metadata={"help": "system prompt in place of the template's"})
     lr: float = field(default=2e-5, metadata={"help": "peak, of the LLM or its LoRA (stage 2)"})
@@ -126,6 +130,10 @@ class LlavaSettings:
             )
         if self.lora.rank < 0 or self.data.max_length < 1:
             raise ConfigError(f"lora.rank {self.lora.rank}, data.max_length {self.data.max_length}: rank is 0 or more, length 1 or more")
+        if self.tiles == 1 or not 0 <= self.tiles <= MOST:
+            raise ConfigError(f"tiles is {self.tiles}; 0 shows the whole picture alone, 2 to {MOST} cut it besides")
+        if self.tiles and self.data.feature_cache:
+            raise ConfigError("data.feature_cache keeps whole pictures: with tiles leave it out")
         if self.data.pack_length < 0:
             raise ConfigError(f"data.pack_length is {self.data.pack_length}; the tokens of a packed row, or 0 for max_length, are right")
         if self.lora.quantize != "none" and not self.lora.rank:

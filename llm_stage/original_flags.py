@@ -83,7 +83,8 @@ FLAGS: dict[str, Flag] = {
     "mm_use_im_start_end": Flag(values=_OFF, otherwise="an image has no start and end tokens here: leave it out"),
     "mm_use_im_patch_token": Flag(values=_OFF, otherwise="the place of an image is <image> alone here: leave it out"),
     "image_aspect_ratio": Flag(
-        values={"square": ("--resize", "crop"), "pad": ("--resize", "pad")}, otherwise="square or pad is right, or --resize squash"
+        values={"square": ("--resize", "crop"), "pad": ("--resize", "pad"), "anyres": ("--resize", "squash", "--tiles", "4")},
+        otherwise="square, pad or anyres is right, or --resize squash",
     ),
     "group_by_modality_length": Flag(
         values={

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_stage.chat_format import IMAGE_MARK, ChatFormat
-from llm_stage.conversations import encode_within
+from llm_stage.conversations import encode_within, tiled
 from llm_stage.llms import llm_source
 from llm_stage.packing import plan_rows
 from llm_stage.rows import Conversation, RowError, parse_row
+from llm_stage.tiles import Tiles
 from mmkit.batches import Layout, StreamOrder
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import open_image
@@ -92,6 +93,7 @@ class Examiner(Dataset[RowFacts]):
         max_length: Tokens of a row.
         decode: Read every pixel, not only headers.
         strict: A picture whose name says another format makes its row bad.
+        tiles: How pictures are cut; needs the folder.
     """
 
     rows: list[Any]
@@ -102,6 +104,7 @@ class Examiner(Dataset[RowFacts]):
     max_length: int = 2048
     decode: bool = False
     strict: bool = False
+    tiles: Tiles | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,6 +118,9 @@ class Examiner(Dataset[RowFacts]):
             facts.content = hashlib.blake2b(repr((item.system, item.turns, item.images)).encode(), digest_size=12).hexdigest()
             for name in item.images if self.image_root is not None else []:
                 facts.images.append(self._look(item, name))
+            if self.tiles is not None and self.image_root is not None:
+                item, views = tiled(item, self.tiles, self.image_root)
+                facts.words += (sum(views) - len(views)) * self.tokens_per_image
             if self.chat_format is not None:
                 self._count(item, self.chat_format, facts)
         except RowError as error:

@@ -35,6 +35,7 @@ from llm_stage.original_flags import settings_argv
 from llm_stage.original_llava import projector_file
 from llm_stage.packing import check_packing, packed_batch, row_budget
 from llm_stage.throughput import Throughput
+from llm_stage.tiles import Tiles
 from llm_stage.tower_features import CachedImages, TowerFeatures, cached_images, feature_key
 from llm_stage.tuning import add_lora, checkpoint_llm, compile_llm, keep_trained_in_fp32, use_liger
 from mmkit.config import cli_entry, load_config
@@ -135,7 +136,7 @@ def assemble(settings: LlavaSettings) -> Parts:
     card = LlavaCard(
         encoder=encoder, llm=settings.llm, encoder_hash="", projector=settings.projector, feature_layer=settings.feature_layer,
         select=settings.select, template=settings.template, system=settings.system, stage=settings.stage, resize=settings.resize,
-        quantization=settings.quantization,
+        tiles=settings.tiles, quantization=settings.quantization,
     )  # fmt: skip
     origins = {"vision_tower": encoder, "language_model": settings.llm, "lm_head": settings.llm, "projector": "new"}
     if settings.pretrained:
@@ -189,17 +190,18 @@ def make_dataset(settings: LlavaSettings, parts: Parts) -> Any:
     Raises:
         DataError: Rows are bad and on_bad_sample is "error"; nothing was written so far.
     """
-    model, data = parts.model, settings.data
+    model, data, spec = parts.model, settings.data, tower_geometry(parts.model.model.vision_tower).spec
+    tiles = Tiles(settings.tiles, spec) if settings.tiles else None
     if data.check and int(os.environ.get("RANK", 0)) == 0:
-        found = check(data.json, data.images or None, parts.chat_format, model.config.image_seq_length, data.max_length, decode=False)
+        found = check(data.json, data.images or None, parts.chat_format, model.config.image_seq_length, data.max_length, False, tiles)
         print(f"{data.json}: {found}", flush=True)
         if found.bad and data.on_bad_sample == "error":
             raise DataError(
                 f"{len(found.bad)} of {found.rows} rows are bad, the first: {found.bad[0]}\n  --on_bad_sample skip leaves them out, counted"
             )
     return ConversationDataset(
-        settings.data.json, settings.data.images, parts.chat_format, tower_geometry(model.model.vision_tower).spec,
-        model.config.image_seq_length, settings.data.max_length, settings.data.on_bad_sample,
+        settings.data.json, settings.data.images, parts.chat_format, spec, model.config.image_seq_length, settings.data.max_length,
+        settings.data.on_bad_sample, tiles,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ EXPECTED_RECIPES = {
     | {f"{prefix}visft_{part}" for prefix in ("", "mini_") for part in ("detection", "segmentation", "caption")}
     | {"mini_visft_lora", "visft_lora_e", "visft_lora_g"},
     "llm_stage": LLAVA_RECIPES
+    | {"llava_v15_stage2_tiles"}
     | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"}
     | {"mini_qformer", "qformer_stage1", "qformer_calibrate", "mini_blip2", "blip2_stage2", "blip2_vqa"},
 }

@@ -26,6 +26,7 @@ TABLE: dict[str, tuple[str, str, int, float, float, float, int, int, int, str]] 
     "llava_v1_stage2_qlora": ("linear", "", 128, 1, 2e-5, 2e-5, 64, 16, 2, "crop"),
     "llava_v15_stage1": ("mlp2x_gelu", "clip-l14-336", 256, 1, 2e-5, 1e-3, 0, 16, 2, "crop"),
     "llava_v15_stage2": ("mlp2x_gelu", "", 128, 1, 2e-5, 2e-5, 0, 16, 3, "pad"),
+    "llava_v15_stage2_tiles": ("mlp2x_gelu", "", 128, 1, 2e-5, 2e-5, 0, 16, 3, "squash"),
     "llava_v15_stage2_lora": ("mlp2x_gelu", "", 128, 1, 2e-4, 2e-5, 128, 256, 3, "pad"),
     "llava_v15_stage2_qlora": ("mlp2x_gelu", "", 128, 1, 2e-4, 2e-5, 128, 256, 2, "pad"),
 }
@@ -48,7 +49,13 @@ def test_a_recipe_is_the_papers_setting_whatever_the_llm(name: str) -> None:
     assert (
         s.projector, s.encoder, s.run.global_batch_size, s.run.epochs, s.lr, s.projector_lr, s.lora.rank, s.lora.alpha, zero, s.resize
     ) == row  # fmt: skip
-    assert (s.weight_decay, s.warmup, s.feature_layer, s.data.max_length, s.gradient_checkpointing) == (0.0, 0.03, -2, 2048, True)
+    assert (s.weight_decay, s.warmup, s.feature_layer, s.data.max_length, s.gradient_checkpointing) == (
+        0.0,
+        0.03,
+        -2,
+        4096 if s.tiles else 2048,
+        True,
+    )
     assert (s.run.precision, s.weights, s.stage) == ("bf16", "bf16", 1 if name.endswith("stage1") else 2)
     assert s.lora.quantize == ("nf4" if name.endswith("qlora") else "none")
     assert s.template == ("plain" if s.stage == 1 else TEMPLATES[family])

@@ -109,7 +109,7 @@ def test_a_projector_without_a_rate_of_its_own_takes_the_llms_aloud(capsys: pyte
         ("version", "v0", "choose a template"),
         ("mm_projector_type", "mlp3x_gelu", "linear or mlp2x_gelu"),
         ("mm_use_im_start_end", "True", "no start and end tokens"),
-        ("image_aspect_ratio", "anyres", "square or pad"),
+        ("image_aspect_ratio", "highres", "square, pad or anyres"),
         ("evaluation_strategy", "epoch", "mmkit eval vqa"),
         ("lr_scheduler_type", "linear", "cosine is the one schedule"),
         ("bits", "8", r"4 \(QLoRA\) or 16"),
