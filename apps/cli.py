@@ -96,6 +96,7 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.convert_blip2:swap", "other weights of the same encoder behind a finished Q-Former or BLIP-2, nothing trained"
     ),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
+    "compare": Command("mmkit.compare:main", "two models on the same questions: intervals, tests, by kind, over seeds, and a sentence"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | models | benchmarks | recipes | sweeps"),
 }

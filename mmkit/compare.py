@@ -1,0 +1,237 @@
+"""Compare models on the questions that both answered: differences with intervals, by kind and in all, and a sentence that says what stands.
+
+    mmkit compare runs/quickstart                                      every two encoders of a run
+    mmkit compare runs/quickstart/eval/clip runs/quickstart/eval/uta   two of them, on all benchmarks that both have
+    mmkit compare runs/a0/eval/x,runs/a1/eval/x runs/b0/eval/x,runs/b1/eval/x    several seeds of each
+    mmkit compare runs/a/eval/x/vqav2 runs/b/eval/x/vqav2 --out compare.json
+
+One seed: the paired bootstrap, resampled by picture, and McNemar's test. Several: the scores of a question are averaged over the seeds of a
+side; the interval holds both what other pictures and what other seeds would change (Student's t for the seeds; the two are added as
+variances). p-values are adjusted over the benchmarks, and inside a benchmark over its kinds (Holm).
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mmkit import stats
+from mmkit.checkpoint import atomic_write
+from mmkit.config import cli_entry
+from mmkit.errors import ConfigError, DataError
+from mmkit.report_compare import LEVEL, RIGHT, p_text
+from mmkit.report_data import CONTROL_SUFFIXES, Evaluation, read_runs
+
+
+@dataclass
+class Side:
+    """One side of a comparison: a name, and for each benchmark its evaluation in every seed."""
+
+    name: str
+    seeds: list[dict[str, Evaluation]] = field(default_factory=list)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Those that every seed has, controls left out."""
+        shared = set.intersection(*(set(seed) for seed in self.seeds))
+        return sorted(name for name in shared if not name.endswith(CONTROL_SUFFIXES))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Compare, print, and write what --out names.
+
+    Returns:
+        The file that was written, or the first folder.
+
+    Raises:
+        ConfigError: Fewer than two sides.
+        DataError: A folder holds no evaluation, or two sides share no benchmark or no question.
+    """
+    parser = argparse.ArgumentParser(prog="mmkit compare", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "sides", nargs="+", metavar="FOLDER[,FOLDER]", help="a model's evaluations, its seeds with commas; or one run folder"
+    )
+    parser.add_argument("--out", default="", help="write everything as JSON")
+    args = parser.parse_args(argv)
+    sides = read_sides(args.sides)
+    rows = [row for first, second in itertools.combinations(sides, 2) for row in compare(first, second)]
+    adjust(rows)
+    show(Console(), rows)
+    if not args.out:
+        return Path(args.sides[0].split(",")[0])
+    atomic_write(Path(args.out), json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return Path(args.out)
+
+
+def read_sides(words: Sequence[str]) -> list[Side]:
+    """Read the sides; one folder with several encoders in it makes a side of each.
+
+    Raises:
+        ConfigError: There are fewer than two sides.
+        DataError: A folder with commas or beside others holds several encoders, or none.
+    """
+    if len(words) == 1 and "," not in words[0]:
+        data = read_runs([Path(words[0])])
+        sides = [Side(name, [{e.benchmark: e for e in data.evaluations if e.encoder == name}]) for name in data.encoders]
+        if len(sides) < 2:
+            raise ConfigError(
+                f"{words[0]} holds the evaluations of {len(sides)} encoder(s); a comparison takes two: name another folder too"
+            )
+        return sides
+    sides = []
+    for word in words:
+        seeds = []
+        for folder in word.split(","):
+            data = read_runs([Path(folder)])
+            if len(data.encoders) != 1:
+                held = ", ".join(data.encoders) or "no evaluation"
+                raise DataError(f"{folder} holds {held}; beside others a folder of one encoder is compared, such as {folder}/eval/NAME")
+            seeds.append({evaluation.benchmark: evaluation for evaluation in data.evaluations})
+        sides.append(Side(_name(word), seeds))
+    if len({side.name for side in sides}) < len(sides):
+        for side, word in zip(sides, words, strict=True):
+            side.name = word.split(",")[0]
+    return sides
+
+
+def _name(word: str) -> str:
+    first = Path(word.split(",")[0]).resolve()
+    return first.name if not (first / "summary.json").is_file() else first.parent.name
+
+
+def compare(first: Side, second: Side) -> list[dict[str, Any]]:
+    """Compare two sides on all benchmarks that both have, in all ("") and by kind.
+
+    Raises:
+        DataError: They share no benchmark, or a benchmark without a shared question.
+    """
+    shared = [name for name in first.benchmarks if name in second.benchmarks]
+    if not shared:
+        have = [f"{side.name}: {', '.join(side.benchmarks) or 'none'}" for side in (first, second)]
+        raise DataError(f"{first.name} and {second.name} have no benchmark in common ({'; '.join(have)})")
+    return [row for benchmark in shared for row in compare_on(benchmark, first, second)]
+
+
+def compare_on(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]]:
+    """Compare two sides on one benchmark."""
+    found = [[seed[benchmark] for seed in side.seeds] for side in (first, second)]
+    if len({evaluation.main for side in found for evaluation in side}) > 1:
+        raise DataError(f"{benchmark} is scored by different metrics: {sorted({e.main for side in found for e in side})}")
+    every = [evaluation.items for side in found for evaluation in side]
+    names = [name for name in every[0] if all(name in items for items in every[1:])]
+    if not names:
+        raise DataError(f"{first.name} and {second.name} share no scored question of {benchmark}")
+    x, y = (np.array([[e.items[name].score for name in names] for e in side]) for side in found)  # [seeds, questions]
+    clusters, kinds = [every[0][name].cluster for name in names], [every[0][name].kind for name in names]
+    several = sorted(set(kinds)) if len(set(kinds)) > 1 else []
+    left_out = len(set().union(*every)) - len(names)
+    rows = []
+    for kind in ["", *several]:
+        chosen = [index for index, own in enumerate(kinds) if kind in ("", own)]
+        row = difference(x[:, chosen], y[:, chosen], [clusters[index] for index in chosen])
+        rows.append({"benchmark": benchmark, "kind": kind, "first": first.name, "second": second.name, "left_out": left_out, **row})
+    return rows
+
+
+def difference(x: np.ndarray, y: np.ndarray, clusters: Sequence[str]) -> dict[str, Any]:
+    """Compare scores of two sides on the same questions.
+
+    Args:
+        x, y: Fractions [seeds, questions]; the sides may have different numbers of seeds.
+        clusters: The picture of each question.
+
+    Returns:
+        Percent: "difference" (x - y), "ci95", the means and, over seeds, their deviations; "p"; "visible", the smallest true difference that
+        would be seen in four of five such comparisons; "n".
+    """
+    a, b = x.mean(axis=0), y.mean(axis=0)
+    paired = stats.paired_bootstrap(a, b, clusters).scaled(100)
+    row: dict[str, Any] = {"n": len(a), "means": [100 * float(a.mean()), 100 * float(b.mean())], "seeds": [len(x), len(y)]}
+    test = stats.mcnemar_of(a, b, RIGHT)
+    error = 100 * stats.standard_error(a - b, clusters)
+    if len(x) == len(y) == 1:
+        row |= {"difference": paired.value, "ci95": [paired.low, paired.high], "p": test.exact_p, "p_is": "McNemar"}
+        row |= {"only_first": test.only_first, "only_second": test.only_second}
+    else:
+        by_seed = [100 * side.mean(axis=1) for side in (x, y)]
+        row["sd"] = [float(side.std(ddof=1)) if len(side) > 1 else None for side in by_seed]
+        variance = sum(float(side.var(ddof=1)) / len(side) for side in by_seed if len(side) > 1)
+        t = stats.student_t95(max(1, min(len(side) for side in by_seed if len(side) > 1) - 1))
+        half = math.sqrt((t * math.sqrt(variance)) ** 2 + ((paired.high - paired.low) / 2) ** 2)
+        row |= {"difference": paired.value, "ci95": [paired.value - half, paired.value + half]}
+        z = 0.0 if paired.value == 0 else stats.Z95 * abs(paired.value) / half if half else math.inf
+        row |= {"p": math.erfc(z / math.sqrt(2)), "p_is": "normal, questions and seeds"}
+        error = half / stats.Z95
+    row["visible"] = 2.8 * error
+    return row
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Adjust p over benchmarks, and inside a benchmark over its kinds; say what stands."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["first"], row["second"], row["benchmark"]) if row["kind"] else "all", []).append(row)
+    for group in groups.values():
+        for row, adjusted in zip(group, stats.holm([row["p"] for row in group]), strict=True):
+            row["p_holm"] = adjusted
+            row["stands"] = (row["ci95"][0] > 0 or row["ci95"][1] < 0) and adjusted < LEVEL
+            row["sentence"] = sentence(row)
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """Say in plain words what stands, and on what evidence."""
+    ahead, behind = (row["first"], row["second"]) if row["difference"] >= 0 else (row["second"], row["first"])
+    sign = 1 if row["difference"] >= 0 else -1
+    low, high = sorted(sign * end for end in row["ci95"])
+    where = row["benchmark"] + (f", {row['kind']}" if row["kind"] else "")
+    seeds = "" if row["seeds"] == [1, 1] else f", {row['seeds'][0]} and {row['seeds'][1]} seeds"
+    evidence = (
+        f"{abs(row['difference']):+.1f} points [{low:+.1f}, {high:+.1f}] on the same {row['n']} questions{seeds}, p {p_text(row['p'])}"
+    )
+    if p_text(row["p_holm"]) != p_text(row["p"]):
+        evidence += f" (Holm {p_text(row['p_holm'])})"
+    if row["stands"]:
+        return f"{ahead} is better than {behind} on {where}: {evidence}. The claim stands."
+    if row["difference"] == 0:
+        return f"{ahead} and {behind} score the same on {where}: {evidence}. No claim."
+    return (
+        f"{ahead} is ahead of {behind} on {where}, but not beyond chance: {evidence}; a true difference below about {row['visible']:.1f} points "
+        "would go unseen. No claim."
+    )
+
+
+def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table, and the sentences of whole benchmarks."""
+    table = Table(title="differences in points, percent of the score", title_justify="left")
+    for heading in ("benchmark", "first", "second", "first - second", "95 %", "p (Holm)", "n", "visible"):
+        table.add_column(heading, justify="left" if heading in ("benchmark", "first", "second") else "right", overflow="fold")
+    for row in rows:
+        cells = [_mean(row, index) for index in range(2)]
+        mark = "[bold]" if row["stands"] else ""
+        table.add_row(
+            f"  {row['kind']}" if row["kind"] else row["benchmark"],
+            *(f"{row[name]} {cell}" if not row["kind"] else cell for name, cell in zip(("first", "second"), cells, strict=True)),
+            f"{mark}{row['difference']:+.1f}", f"{row['ci95'][0]:+.1f} to {row['ci95'][1]:+.1f}", p_text(row["p_holm"]).removeprefix("= "),
+            str(row["n"]), f"{row['visible']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if not row["kind"]:
+            console.print(row["sentence"], highlight=False)
+
+
+def _mean(row: dict[str, Any], index: int) -> str:
+    spread = (row.get("sd") or [None, None])[index]
+    return f"{row['means'][index]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+if __name__ == "__main__":
+    cli_entry(main)

@@ -1,0 +1,115 @@
+"""`mmkit compare`: intervals that cover, seeds that widen them, nothing found where nothing is, and input that cannot be compared."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmkit import compare, stats
+from mmkit.errors import ConfigError, DataError
+
+
+def write(
+    folder: Path, scores: Mapping[str, float], kinds: Sequence[str] = ("all",), benchmark: str = "vqa", metric: str = "vqa_accuracy"
+) -> Path:
+    """An evaluation folder, EVAL/MODEL/BENCHMARK; four questions to a picture."""
+    folder.mkdir(parents=True)
+    rows = [
+        {"question_id": name, "score": score, "image": f"{number // 4}.png", "kind": kinds[number % len(kinds)]}
+        for number, (name, score) in enumerate(scores.items())
+    ]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mean = 100 * float(np.mean(list(scores.values())))
+    summary = {"benchmark": benchmark, "n": len(rows), "metrics": {metric: {"value": mean, "ci95": [0, 100], "n": len(rows)}}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def drawn(seed: int, n: int = 200, share: float = 0.5) -> dict[str, float]:
+    return {f"q{i}": float(right) for i, right in enumerate(np.random.default_rng(seed).random(n) < share)}
+
+
+def test_intervals_cover_nineteen_of_twenty_made_up_truths() -> None:
+    """1,000 pairs of models on 60 pictures of 4 questions that fail together; the true difference is known. At least 93 % must cover it."""
+    generator = np.random.default_rng(0)
+    clusters = [str(i // 4) for i in range(240)]
+    covered = 0
+    for _ in range(1000):
+        ability, gain = generator.uniform(0.3, 0.6), generator.uniform(-0.1, 0.2)
+        hard = np.repeat(generator.uniform(-0.25, 0.25, 60), 4)  # a picture is hard for both
+        luck = generator.random(240)  # and a question asks both for the same luck, half of the time
+        own = np.where(generator.random(240) < 0.5, luck, generator.random(240))
+        x, y = luck < ability + hard, own < np.clip(ability + hard + gain, 0, 1)
+        truth = float(np.mean([np.clip(ability + h + gain, 0, 1) - np.clip(ability + h, 0, 1) for h in np.linspace(-0.25, 0.25, 2001)]))
+        found = stats.paired_bootstrap(y.astype(float), x.astype(float), clusters, draws=400, seed=int(generator.integers(1 << 30)))
+        covered += found.low <= truth <= found.high
+    assert covered >= 930
+
+
+def test_a_run_and_itself_are_not_told_apart(tmp_path: Path) -> None:
+    scores = drawn(1)
+    for name in ("a", "b"):
+        write(tmp_path / name / "m" / "vqa", scores)
+    (row,) = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out.json")]).read_text())
+    assert (row["difference"], row["ci95"], row["p"], row["stands"]) == (0.0, [0.0, 0.0], 1.0, False)
+    assert "score the same" in row["sentence"]
+
+
+def test_a_real_difference_stands_by_kind_and_in_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worse = drawn(2, share=0.4)
+    better = {name: 1.0 if number % 3 else score for number, (name, score) in enumerate(worse.items())}
+    write(tmp_path / "run" / "eval" / "good" / "vqa", better, kinds=("colour", "count"))
+    write(tmp_path / "run" / "eval" / "bad" / "vqa", worse, kinds=("colour", "count"))
+    compare.main([str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["kind"] for row in rows] == ["", "colour", "count"]
+    assert all(row["stands"] for row in rows)
+    assert rows[0]["only_first"] == 0  # "bad" comes first in the folder: it has nothing right that "good" has wrong
+    assert "good is better than bad on vqa" in " ".join(capsys.readouterr().out.split())
+
+
+def test_many_benchmarks_are_paid_for(tmp_path: Path) -> None:
+    """One in twenty of equal models' benchmarks looks different by chance; after Holm none of twenty may."""
+    for number in range(20):
+        for side in range(2):
+            write(tmp_path / f"{side}" / "m" / f"b{number}", drawn(100 * number + side), benchmark=f"b{number}")
+    sides = compare.read_sides([str(tmp_path / "0"), str(tmp_path / "1")])
+    rows = compare.compare(*sides)
+    compare.adjust(rows)
+    assert min(row["p"] for row in rows) < 0.2
+    assert not any(row["stands"] for row in rows)
+    assert all(row["p_holm"] >= row["p"] for row in rows)
+
+
+def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
+    def side(name: str, shares: Sequence[float]) -> str:
+        folders = [
+            write(tmp_path / name / str(seed) / "m" / "vqa", drawn(10 * seed, 400, share)).parent for seed, share in enumerate(shares)
+        ]
+        return ",".join(map(str, folders))
+
+    calm = compare.compare(*compare.read_sides([side("a", (0.60, 0.60, 0.60)), side("b", (0.5, 0.5, 0.5))]))[0]
+    wild = compare.compare(*compare.read_sides([side("c", (0.50, 0.60, 0.70)), side("d", (0.4, 0.5, 0.6))]))[0]
+    assert wild["difference"] == pytest.approx(calm["difference"], abs=3)
+    assert wild["ci95"][1] - wild["ci95"][0] > 2 * (calm["ci95"][1] - calm["ci95"][0])
+    assert wild["sd"][0] > 3 * calm["sd"][0]
+    assert wild["seeds"] == [3, 3]
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "m" / "vqa", drawn(1))
+    write(tmp_path / "two" / "m" / "pope", drawn(1), benchmark="pope")
+    write(tmp_path / "three" / "m" / "vqa", {f"other{i}": 1.0 for i in range(8)})
+    write(tmp_path / "four" / "m" / "vqa", drawn(1), metric="m4c")
+    with pytest.raises(ConfigError, match=r"holds the evaluations of 1 encoder\(s\)"):
+        compare.main([str(tmp_path / "one")])
+    with pytest.raises(DataError, match=r"no benchmark in common \(one: vqa; two: pope\)"):
+        compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    with pytest.raises(DataError, match="share no scored question of vqa"):
+        compare.main([str(tmp_path / "one"), str(tmp_path / "three")])
+    with pytest.raises(DataError, match="vqa is scored by different metrics"):
+        compare.main([str(tmp_path / "one"), str(tmp_path / "four")])
+    with pytest.raises(DataError, match="no run folder"):
+        compare.main([str(tmp_path / "one"), str(tmp_path / "five")])
