@@ -73,6 +73,9 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.score:main", "score answers that any other model made: mmkit score gqa --answers A.jsonl --questions Q --out DIR"
     ),
     "eval qformer-retrieval": Command("llm_stage.eval_retrieval:main", "retrieval with a Q-Former: by contrast, and re-ranked by matching"),
+    "eval llava-bench": Command(
+        "llm_stage.eval_llava_bench:main", "long answers scored by a judge at any OpenAI-compatible endpoint; or recorded reviews"
+    ),
     "eval mir": Command("llm_stage.eval_mir:main", "how far image tokens lie from text tokens inside the LLM, without any tuning (MIR)"),
     "sweep": Command(
         "apps.sweep:main", "train and evaluate rows of settings over seeds -> one table: mmkit sweep uta_objectives --out runs/sweep"
