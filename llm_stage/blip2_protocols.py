@@ -3,11 +3,12 @@
 Source: LAVIS, lavis/projects/blip2/eval/*.yaml ("lavis_*"); BLIP-2 (Li et al., 2023), section 4 ("paper_*").
 """
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_stage.benchmarks import Benchmark
-from llm_stage.blip2_folder import is_blip2, read_blip2_file
+from llm_stage.blip2_folder import Blip2Card, is_blip2, read_blip2_file
 from llm_stage.models import model_folder
 from mmkit.errors import ConfigError, find
 
@@ -61,16 +62,25 @@ def blip2_row(row: Benchmark, model: str, prompt: str, protocol: str, captions: 
         ConfigError: A protocol was named for another model, or beside a prompt.
         NameNotFound: There is no such protocol.
     """
-    blip2 = is_blip2(model_folder(model))
-    if protocol and (not blip2 or prompt):
+    card = blip2_card(model)
+    if protocol and (card is None or prompt):
         raise ConfigError(f"--protocol {protocol} holds BLIP-2's prompt and decoding: for a BLIP-2 folder, and without --prompt")
     if protocol:
         chosen = find("BLIP-2 protocol", PROTOCOLS, protocol)
         return replace(row, prompt=chosen.prompt, max_new_tokens=chosen.max_new_tokens)
-    if blip2 and not prompt:
-        card = read_blip2_file(model)[0]
+    if card is not None and not prompt:
         return replace(row, prompt=card.caption_prompt if captions else card.prompt.replace("{}", "{question}"))
     return row
+
+
+def blip2_card(model: str) -> Blip2Card | None:
+    """How a BLIP-2 is asked, ours or transformers'; None for another model."""
+    folder = model_folder(model)
+    if is_blip2(folder):
+        return read_blip2_file(folder)[0]
+    file = folder / "config.json"
+    stock = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "blip-2"
+    return Blip2Card("", "") if stock else None
 
 
 def decoding_of(protocol: str) -> dict[str, Any]:
