@@ -45,12 +45,17 @@ from llm_stage.submissions import write_submission
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.evaluation import Ranks, gather_parts, merge_parts, part_records
 from mmkit.images import ImageError
 from mmkit.manifest import manifest
-from mmkit.records import Records, read_jsonl, repair
 from mmkit.stats import DRAWS
 
 _NO_PICTURES = ("blank", "text_only")  # controls that need no picture files
+
+
+OWN_FILES = (
+    "answers.jsonl", "scores.jsonl", "summary.json", "manifest.json", "submission.json", "submission.jsonl", "submission.xlsx",
+)  # fmt: skip
 
 
 @dataclass
@@ -129,15 +134,28 @@ def main(argv: Sequence[str] | None = None) -> Path:
     identity = identify(config, benchmark, head)
     if config.against and not benchmark.control_of:
         raise ConfigError(f"--against is for controls (--control shuffled, blank, text_only), and {benchmark.name} is none")
-    model = load_chat(config.model, verbatim=True)
-    open_folder(out, identity, config.overwrite)
-    answers = answer_all(model, benchmark, items, config, out)
+    ranks = Ranks()
+    model = load_chat(config.model, verbatim=True, **({"device": ranks.device} if ranks.count > 1 else {}))
+    open_folder(out, identity, config.overwrite, ranks)
+    answers = answer_all(model, benchmark, items, config, out, ranks)
+    if ranks.first:
+        sum_up(config, benchmark, items, answers, model, identity, head, baseline, baseline_from, time.monotonic() - start)
+    ranks.wait()
+    return out
+
+
+def sum_up(
+    config: EvalVqaConfig, benchmark: Benchmark, items: Sequence[VqaItem], answers: Mapping[Any, dict[str, Any]], model: Chat,
+    identity: Mapping[str, Any], head: Mapping[str, Any], baseline: Mapping[str, str], baseline_from: str, seconds: float,
+) -> None:  # fmt: skip
+    """Write the upload, the scores and the summary."""
+    out = Path(config.out)
     if not benchmark.control_of:
         write_submission(benchmark.upload, items, answers, out, Path(config.submission_questions) if config.submission_questions else None)
     if config.unlabelled:
-        write_manifest(out, identity, "finished", time.monotonic() - start)
+        write_manifest(out, identity, "finished", seconds)
         print(f"{benchmark.name} · {model.name}: {len(items)} questions without public answers; what the server takes is in {out}")
-        return out
+        return
     scored = score(items, answers, benchmark.scoring)
     rows = score_rows(scored)
     write_rows(out / "scores.jsonl", rows)
@@ -152,9 +170,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if real is not None:
         summary["grounding"] = grounding(real, benchmark.control_of, benchmark.control, rows, out)
     atomic_write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n")
-    write_manifest(out, identity, "finished", time.monotonic() - start)
+    write_manifest(out, identity, "finished", seconds)
     print(summary_text(summary))
-    return out
 
 
 def row_for(config: EvalVqaConfig) -> Benchmark:
@@ -213,35 +230,31 @@ def protocol(config: EvalVqaConfig, benchmark: Benchmark, head: Mapping[str, Any
     }
 
 
-def open_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+def open_folder(out: Path, identity: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
     """Begin the output folder, or go on in it if it holds answers to the same questions by the same model.
 
     Raises:
         DataError: The folder holds something else.
     """
     path = out / "manifest.json"
-    if overwrite:
-        for name in (
-            "answers.jsonl",
-            "scores.jsonl",
-            "summary.json",
-            "manifest.json",
-            "submission.json",
-            "submission.jsonl",
-            "submission.xlsx",
-        ):
-            (out / name).unlink(missing_ok=True)
-    if path.is_file():
+    held = path.is_file()
+    if not held and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is no evaluation's folder (no manifest.json in it). Give another --out")
+    if held and not overwrite:
         before = json.loads(path.read_text(encoding="utf-8")).get("identity", {})
         changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in identity.items() if before.get(key) != value]
         if changed:
             raise DataError(
                 f"{out} holds answers of another evaluation: {'; '.join(changed)}. Give another --out, or --overwrite to throw them away"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is no evaluation's folder (no manifest.json in it). Give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_manifest(out, identity, "running", 0.0)
+    ranks.wait()  # all have looked before anything is written
+    if ranks.first:
+        for name in OWN_FILES if overwrite else ():
+            (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_manifest(out, identity, "running", 0.0)
+        gather_parts(out)
+    ranks.wait()
 
 
 def write_manifest(out: Path, identity: Mapping[str, Any], state: str, seconds: float) -> None:
@@ -253,8 +266,10 @@ def write_manifest(out: Path, identity: Mapping[str, Any], state: str, seconds: 
 # ---- answers -----------------------------------------------------------------------------------------------------------------------
 
 
-def answer_all(model: Chat, benchmark: Benchmark, items: Sequence[VqaItem], config: EvalVqaConfig, out: Path) -> dict[Any, dict[str, Any]]:
-    """Answer what has no answer yet, a batch at a time, each flushed to disk.
+def answer_all(
+    model: Chat, benchmark: Benchmark, items: Sequence[VqaItem], config: EvalVqaConfig, out: Path, ranks: Ranks
+) -> dict[Any, dict[str, Any]]:
+    """Answer what has no answer yet, a batch at a time, each flushed to disk; several processes share the questions.
 
     Returns:
         Rows by question id; a row without "answer" has "missing", the reason.
@@ -263,29 +278,27 @@ def answer_all(model: Chat, benchmark: Benchmark, items: Sequence[VqaItem], conf
         DataError: The file holds answers to questions that are not in this set.
         ImageError: A picture cannot be read, and --on_bad_sample is error.
     """
-    path = out / "answers.jsonl"
-    forget_missing(path)
-    by_id = {item.question_id: item for item in items}
-    with Records(path) as records:
-        strange = [name for name in records.done if name not in by_id]
-        if strange:
+    names = [item.question_id for item in items]
+    with part_records(out, ranks) as (records, done):
+        if strange := sorted(map(str, done - set(names))):
             raise DataError(
-                f"{path} has {len(strange)} answers to questions that {config.questions} does not ask (first: {strange[0]}): it"
-                " belongs to another benchmark. Give another --out, or --overwrite"
+                f"{out / 'answers.jsonl'} has {len(strange)} answers to questions that {config.questions} does not ask (first: {strange[0]}):"
+                " it belongs to another benchmark. Give another --out, or --overwrite"
             )
-        todo = sorted(
-            (item for item in items if item.question_id not in records.done), key=lambda item: (len(item.question), str(item.question_id))
+        left = sorted(
+            (item for item in items if item.question_id not in done), key=lambda item: (len(item.question), str(item.question_id))
         )
-        if len(todo) < len(items):
-            print(f"{path}: {len(items) - len(todo)} of {len(items)} questions are answered already")
-        limit = config.max_new_tokens or benchmark.max_new_tokens
-        with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{benchmark.name} · {model.name}", unit="question") as progress:
+        if len(left) < len(items) and ranks.first:
+            print(f"{out / 'answers.jsonl'}: {len(items) - len(left)} of {len(items)} questions are answered already")
+        todo, limit = ranks.share(left), config.max_new_tokens or benchmark.max_new_tokens
+        title = f"{benchmark.name} · {model.name}"
+        with tqdm(total=len(todo), desc=title, unit="question", disable=not ranks.first) as progress:
             for start in range(0, len(todo), config.batch_size):
                 batch = todo[start : start + config.batch_size]
                 for row in answer_batch(model, benchmark, batch, config, limit):
                     records.append(row)
                 progress.update(len(batch))
-        return dict(records.done)
+    return {row["question_id"]: row for row in merge_parts(out, names, ranks)}
 
 
 def answer_batch(
@@ -314,17 +327,6 @@ def answer_batch(
 def _row(item: VqaItem, benchmark: Benchmark) -> dict[str, Any]:
     row: dict[str, Any] = {"question_id": item.question_id, "image": item.image, "question": item.question, "kind": item.kind}
     return {**row, "own_image": item.own_image} if benchmark.control_of else row
-
-
-def forget_missing(path: Path) -> None:
-    """Drop the rows without answer, so that a new start asks for them again."""
-    if not path.is_file():
-        return
-    repair(path)
-    rows = read_jsonl(path)
-    kept = [row for row in rows if "missing" not in row]
-    if len(kept) < len(rows):
-        write_rows(path, kept)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
