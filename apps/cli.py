@@ -99,6 +99,9 @@ COMMANDS: dict[str, Command] = {
         "llm_stage.convert_blip2:swap", "other weights of the same encoder behind a finished Q-Former or BLIP-2, nothing trained"
     ),
     "inspect": Command("encoders.inspection:main", "attention maps and patch-text maps of an encoder, as PNG"),
+    "scorecard": Command(
+        "apps.scorecard:main", "the same measures for any encoders: zero-shot, probes, LLaVA, BLIP-2, one table and report"
+    ),
     "compare": Command("mmkit.compare:main", "two models on the same questions: intervals, tests, by kind, over seeds, and a sentence"),
     "report": Command("mmkit.report:main", "one run folder or many -> report.json, report.md, report.html"),
     "list": Command("apps.listing:main", "what there is: list encoders | llms | models | benchmarks | recipes | sweeps"),

@@ -126,27 +126,22 @@ def plan(config: QuickstartConfig) -> list[Stage]:
     ]
     for name in config.encoders:
         stages += _encoder_stages(name, out, config)
-    for name in config.encoders:
-        folder = out / "eval" / name / "mini_zeroshot"
-        flags = (
-            "--encoder",
-            str(out / "encoders" / name),
-            "--images",
-            str(data / "classification" / "test"),
-            "--out",
-            str(folder),
-            "--benchmark",
-            "mini_zeroshot",
-        )
-        done = folder / "summary.json"
-        stages.append(Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", flags, folder, done, ("--resume",)))
+    stages += [zeroshot_stage(name, out, data) for name in config.encoders]
     for name in config.encoders if "llava" in config.downstream else ():
-        stages += _llava_stages(name, out, config)
-        stages += [_vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
+        stages += llava_stages(name, out, config)
+        stages += [vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
     for name in config.encoders if "blip2" in config.downstream else ():
-        stages += _blip2_stages(name, out, config)
+        stages += blip2_stages(name, out, config)
     stages.append(Stage("report", "report", "mmkit.report:main", (str(out), "--out", str(out)), out / "report.html", out / "report.html"))
     return stages
+
+
+def zeroshot_stage(name: str, out: Path, data: Path) -> Stage:
+    """Name the drawings by their nearest class name."""
+    folder = out / "eval" / name / "mini_zeroshot"
+    named = {"encoder": out / "encoders" / name, "images": data / "classification" / "test", "out": folder, "benchmark": "mini_zeroshot"}
+    done = folder / "summary.json"
+    return Stage(f"zero-shot: {name}", "eval zeroshot", "encoders.eval_zeroshot:main", _flags(named), folder, done, ("--resume",))
 
 
 def _encoder_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
@@ -204,19 +199,19 @@ def visft_flags(data: Path, heads: Sequence[Path]) -> tuple[str, ...]:
     return tuple(word for key, value in named.items() for word in (f"--{key}", value))
 
 
-def _llava_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
-    """Both stages of LLaVA behind one encoder."""
+def llava_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = "mini") -> list[Stage]:
+    """Both stages of LLaVA behind one encoder, by recipes NAME_stage1 and NAME_stage2."""
     first, second = (out / "work" / f"llava_{name}_stage{stage}" for stage in (1, 2))
     texts, images = out / "data" / "llava", ("--data.images", str(out / "data" / "images"))
     own = ("--encoder", str(out / "encoders" / name), "--data.json", str(texts / "pretrain.json"), *images)
-    stages = [training(f"LLaVA stage 1: {name}", "train llava", "llm_stage", "mini_stage1", own, first, config.seed, config.scale)]
+    stages = [training(f"LLaVA stage 1: {name}", "train llava", "llm_stage", f"{recipes}_stage1", own, first, config.seed, config.scale)]
     own = ("--pretrained", str(first / "model"), "--data.json", str(texts / "instruct.json"), *images)
     publish = (second / "model", out / "llava" / name)
     title = f"LLaVA stage 2: {name}"
-    return [*stages, training(title, "train llava", "llm_stage", "mini_stage2", own, second, config.seed, config.scale, publish)]
+    return [*stages, training(title, "train llava", "llm_stage", f"{recipes}_stage2", own, second, config.seed, config.scale, publish)]
 
 
-def _blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
+def blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
     """Both stages of BLIP-2 behind one encoder: retrieval after the first, beside the encoder's own; questions and captions after the second."""
     column, images = f"{name}_blip2", out / "data" / "images"
     first, second = (out / "work" / f"{column}_stage{stage}" for stage in (1, 2))
@@ -243,15 +238,15 @@ def _blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]
     publish = (second / "model", out / "blip2" / name)
     title = f"BLIP-2 before the language model: {name}"
     stages.append(training(title, "train blip2", "llm_stage", "mini_blip2", _flags(named), second, config.seed, config.scale, publish))
-    stages += [_vqa_stage(column, publish[1], out, shuffled) for shuffled in (False, True)]
-    return [*stages, *(_captions_stage(column, publish[1], out, shuffled) for shuffled in (False, True))]
+    stages += [vqa_stage(column, publish[1], out, shuffled) for shuffled in (False, True)]
+    return [*stages, *(captions_stage(column, publish[1], out, shuffled) for shuffled in (False, True))]
 
 
 def _flags(named: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(word for key, value in named.items() for word in (f"--{key}", str(value)))
 
 
-def _captions_stage(column: str, model: Path, out: Path, shuffled: bool) -> Stage:
+def captions_stage(column: str, model: Path, out: Path, shuffled: bool) -> Stage:
     """Captions of the test scenes, or their control."""
     folder = out / "eval" / column / ("mini_captions_shuffled" if shuffled else "mini_captions")
     named = {"model": model, "benchmark": "mini_captions", "images": out / "data" / "images" / "test", "batch_size": 32, "out": folder}
@@ -260,7 +255,7 @@ def _captions_stage(column: str, model: Path, out: Path, shuffled: bool) -> Stag
     return Stage(title, "eval captions", "llm_stage.eval_captions:main", flags, folder, folder / "summary.json")
 
 
-def _vqa_stage(name: str, model: Path, out: Path, shuffled: bool) -> Stage:
+def vqa_stage(name: str, model: Path, out: Path, shuffled: bool) -> Stage:
     """Questions about the test scenes, or their control: each before another question's picture."""
     vqa, folder = out / "data" / "vqa", out / "eval" / name / ("mini_vqa_shuffled" if shuffled else "mini_vqa")
     flags = [

@@ -114,30 +114,57 @@ def _stage_two(config: VisftExperimentConfig, arm: str, seed: int, heads: list[P
 
 def _evaluations(config: VisftExperimentConfig, arm: str, seed: int) -> list[Stage]:
     """Zero-shot and the probes of one encoder; the probes' heads have the seed of the encoder, before as after: pairs."""
-    out, data = Path(config.out), config.data_folder
-    encoder = str(encoder_of(out, arm, seed))
-    zero, ocr, goi = (evaluation_of(out, arm, seed, name) for name in ("mini_zeroshot", "mini_ocr", "goi_box"))
-    title = arm if arm == BEFORE else f"{arm}, seed {seed}"
+    out, data, encoder = Path(config.out), config.data_folder, encoder_of(Path(config.out), arm, seed)
+    title, found = arm if arm == BEFORE else f"{arm}, seed {seed}", []
+    if arm != BEFORE or seed == config.seeds[0]:
+        zero = evaluation_of(out, arm, seed, "mini_zeroshot")
+        argv = (
+            "--encoder",
+            str(encoder),
+            "--images",
+            str(data / "classification" / "test"),
+            "--benchmark",
+            "mini_zeroshot",
+            "--out",
+            str(zero),
+        )
+        done = zero / "summary.json"
+        found.append(Stage(f"zero-shot: {title}", "eval zeroshot", "encoders.eval_zeroshot:main", argv, zero, done, ("--resume",)))
+    place = evaluation_of(out, arm, seed, "mini_ocr").parent
+    return [*found, *probe_stages(title, encoder, place, data, seed, config.scale, out / "words")]
+
+
+def probe_stages(title: str, encoder: Path, place: Path, data: Path, seed: int, scale: float, words: Path | None = None) -> list[Stage]:
+    """The OCR probe and the object probe of one encoder.
+
+    Args:
+        title: What the encoder is called.
+        encoder: Its folder.
+        place: Folder of its evaluations.
+        data: The embedded data.
+        seed: Of the probes' heads.
+        scale: Factor on their steps.
+        words: Word pictures; None takes the data's own.
+    """
+    words = words or data / "words"
+    ocr, goi = place / "mini_ocr", place / "goi_box"
     flags: Mapping[Path, tuple[str, ...]] = {
-        zero: ("--images", str(data / "classification" / "test"), "--benchmark", "mini_zeroshot"),
         ocr: (
-            "--train", str(out / "words"), "--test", f"words={out / 'words'}", "--benchmark", "mini_ocr", "--seeds", str(seed),
+            "--train", str(words), "--test", f"words={words}", "--benchmark", "mini_ocr", "--seeds", str(seed),
             "--optimizer", "adamw", "--lr", "3e-3", "--head.width", "96", "--head.layers", "2", "--head.heads", "3", "--head.longest", "8",
-            "--run.steps", str(max(4, round(600 * config.scale))), "--run.micro_batch_size", "32",
+            "--run.steps", str(max(4, round(600 * scale))), "--run.micro_batch_size", "32",
         ),
         goi.parent: (
             "--data", str(data), "--images", str(data / "images"), "--seeds", str(seed), "--limit_train", str(PROBE_IMAGES),
-            "--run.epochs", str(max(1, round(30 * min(1, config.scale)))),
+            "--run.epochs", str(max(1, round(30 * min(1, scale)))),
         ),
     }  # fmt: skip
-    rows = [("zero-shot", "eval zeroshot", zero, zero), ("OCR probe", "eval ocr", ocr, ocr), ("object probe", "eval goi", goi.parent, goi)]
+    rows = [("OCR probe", "eval ocr", ocr, ocr), ("object probe", "eval goi", goi.parent, goi)]
     found = []
-    for name, command, place, last in rows:
+    for name, command, folder, last in rows:
+        argv = ("--encoder", str(encoder), *flags[folder], "--out", str(folder))
         script = f"encoders.{command.replace(' ', '_')}:main"
-        argv = ("--encoder", encoder, *flags[place], "--out", str(place))
-        stage = Stage(f"{name}: {title}", command, script, argv, last, last / "summary.json", ("--resume",))
-        if not (arm == BEFORE and name == "zero-shot" and seed != config.seeds[0]):
-            found.append(stage)
+        found.append(Stage(f"{name}: {title}", command, script, argv, last, last / "summary.json", ("--resume",)))
     return found
 
 
