@@ -122,7 +122,17 @@ def held_out_findings(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
         place.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(place, "".join(lines))
         more = [true > permuted for true, permuted in zip(drops[TRUE], drops[PERMUTED], strict=True)]
-        headline = f"{task.capitalize()}: the held-out loss falls {'more' if all(more) else 'not always more'} with true annotations than with permuted"
+        falls = "falls" if min(drops[TRUE]) > 0 else "falls in the mean" if sum(drops[TRUE]) > 0 else "does not fall"
+        beside = (
+            "and further than"
+            if all(more) and falls != "does not fall"
+            else "and less than"
+            if not any(more)
+            else "better than"
+            if all(more)
+            else "not always better than"
+        )
+        headline = f"{task.capitalize()}: under the frozen head the held-out loss {falls} with true annotations, {beside} with permuted"
         evidence = f"drop in % by seed, true {listed(drops[TRUE])}, permuted {listed(drops[PERMUTED])} (plus is better)"
         findings.append({"headline": headline, "evidence": evidence, "good": all(more)})
     return findings
