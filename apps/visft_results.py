@@ -122,20 +122,22 @@ def held_out_findings(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
         place.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(place, "".join(lines))
         more = [true > permuted for true, permuted in zip(drops[TRUE], drops[PERMUTED], strict=True)]
-        falls = "falls" if min(drops[TRUE]) > 0 else "falls in the mean" if sum(drops[TRUE]) > 0 else "does not fall"
-        beside = (
-            "and further than"
-            if all(more) and falls != "does not fall"
-            else "and less than"
-            if not any(more)
-            else "better than"
-            if all(more)
-            else "not always better than"
-        )
-        headline = f"{task.capitalize()}: under the frozen head the held-out loss {falls} with true annotations, {beside} with permuted"
+        headline = f"{task.capitalize()}: {fall_in_words(drops[TRUE], more)}"
         evidence = f"drop in % by seed, true {listed(drops[TRUE])}, permuted {listed(drops[PERMUTED])} (plus is better)"
         findings.append({"headline": headline, "evidence": evidence, "good": all(more)})
     return findings
+
+
+def fall_in_words(drops: Sequence[float], more: Sequence[bool]) -> str:
+    """Say whether the held-out loss fell under the frozen head, and how that compares with the control.
+
+    Args:
+        drops: By seed, with true annotations; above 0 is a fall.
+        more: By seed, whether that is more than with permuted ones.
+    """
+    falls = "falls" if min(drops) > 0 else "falls in the mean of the seeds" if sum(drops) > 0 else "does not fall"
+    beside = "more than" if all(more) else "not with every seed more than" if any(more) else "less than"
+    return f"the held-out loss {falls} with true annotations, {beside} with permuted"
 
 
 def listed(values: Sequence[float]) -> str:

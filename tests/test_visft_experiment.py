@@ -173,7 +173,7 @@ def test_seeds_become_arms_curves_and_sentences_in_the_report(tmp_path: Path) ->
     assert "a probe gain that the permuted control shows too is no gain" in page
     assert "true +5.00, +5.00, permuted -25.00, -25.00" in page
     assert "box AP 1.50 untrained, 20.50 [19.50, 21.50] after (n 100)" in page
-    assert "the held-out loss falls with true annotations, and further than with permuted" in page
+    assert "the held-out loss falls with true annotations, more than with permuted" in page
 
 
 def test_seeds_that_share_no_item_are_named(tmp_path: Path) -> None:
