@@ -22,10 +22,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig
 
+from llm_stage.batched import answer_in_batches, best_device, sampling, seeded, streamed
 from llm_stage.blip2_folder import Blip2Parts, load_blip2
 from llm_stage.chat_format import IMAGE_MARK, Turn
-from llm_stage.generate import ChatRequest, _best_device, _seeded, streamed
-from mmkit.errors import ConfigError, DataError
+from llm_stage.generate import ChatRequest
+from mmkit.errors import DataError
 from mmkit.images import open_image
 
 KEPT_BYTES = 2**29  # of soft prompts
@@ -70,7 +71,7 @@ class Blip2Chat:
             name: For tables; None is taken from the folder.
             verbatim: As above.
         """
-        device = torch.device(device) if device is not None else _best_device()
+        device = torch.device(device) if device is not None else best_device()
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         resolved = Path(folder).resolve()
         name = name or (resolved.parent.name if resolved.name == "model" else resolved.name)
@@ -100,32 +101,17 @@ class Blip2Chat:
         Raises:
             DataError: An image cannot be read, a request has none or several, or a prompt is too long; the request is named.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; at least 1 is right")
         prompts = [self._prompt(request, f"request {index}") for index, request in enumerate(requests)]
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        answers, position = [""] * len(prompts), 0
-        while position < len(order):
-            rows = order[position : position + batch_size]
-            try:
-                soft = self.soft_prompts([requests[i].images[0] for i in rows], [f"request {i}" for i in rows])
-                settings = self._settings(max_new_tokens, temperature, top_p, **decoding)
-                with _seeded(None if seed is None else seed + position, settings.do_sample):
-                    output = self.model.language_model.generate(
-                        **self._inputs(soft, [prompts[i] for i in rows]), generation_config=settings
-                    )
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                batch_size = (len(rows) + 1) // 2
-                print(f"{self.name}: out of memory with {len(rows)} rows, goes on with {batch_size}", flush=True)
-                continue
-            self.last_batch_size = len(rows)
-            for index, ids in zip(rows, output.tolist(), strict=True):
-                answers[index] = self._answer(ids)
-                if on_answer is not None:
-                    on_answer(index, answers[index])
-            position += len(rows)
+
+        def answer(rows: list[int], position: int) -> list[str]:
+            soft = self.soft_prompts([requests[i].images[0] for i in rows], [f"request {i}" for i in rows])
+            settings = self._settings(max_new_tokens, temperature, top_p, **decoding)
+            with seeded(None if seed is None else seed + position, settings.do_sample):
+                output = self.model.language_model.generate(**self._inputs(soft, [prompts[i] for i in rows]), generation_config=settings)
+            return [self._answer(ids) for ids in output.tolist()]
+
+        answers, self.last_batch_size = answer_in_batches(order, batch_size, answer, self.name, on_answer)
         return answers
 
     def stream(
@@ -220,19 +206,13 @@ class Blip2Chat:
         return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.stack(masks).long().to(soft.device)}
 
     def _settings(self, max_new_tokens: int, temperature: float, top_p: float, **decoding: Any) -> GenerationConfig:
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ConfigError(
-                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, "
-                "top_p in (0, 1], max_new_tokens at least 1"
-            )
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
         own = self.model.language_model.config
         begin = {"decoder_start_token_id": own.decoder_start_token_id} if self.model.writes_apart else {}
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.tokenizer.pad_token_id,
-            **sampling,
+            **sampling(max_new_tokens, temperature, top_p),
             **begin,
             **decoding,
         )

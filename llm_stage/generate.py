@@ -10,24 +10,17 @@ A batch is padded on the left and gives the answers that its rows would give alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from llm_stage.batched import answer_in_batches, best_device, sampling, seeded, streamed
 from llm_stage.chat_format import IMAGE_MARK, ChatFormat, Turn
 from llm_stage.llava import tower_geometry
 from llm_stage.llava_folder import LlavaCard, load_llava
@@ -106,7 +99,7 @@ class ChatModel:
             DataError: Its weights or its processor are broken.
         """
         given, folder = str(folder), model_folder(folder)
-        device = torch.device(device) if device is not None else _best_device()
+        device = torch.device(device) if device is not None else best_device()
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         model, processor, card = load_llava(folder, dtype)
         template = template or (card.template if card else None)
@@ -151,32 +144,18 @@ class ChatModel:
         Raises:
             DataError: An image cannot be read, marks and images do not agree, or a prompt is too long; the request is named.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; at least 1 is right")
         requests = [self._cut(request, f"request {index}") for index, request in enumerate(requests)]
         prompts = [self._prompt(request, f"request {index}") for index, request in enumerate(requests)]
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory runs out at once, or never
-        answers: list[str] = [""] * len(prompts)
-        position = 0
-        while position < len(order):
-            rows = order[position : position + batch_size]
-            try:
-                inputs = self._inputs([prompts[i] for i in rows], [requests[i].images for i in rows], rows)
-                settings = self._settings(max_new_tokens, temperature, top_p, max(len(prompts[i]) for i in rows))
-                with _seeded(None if seed is None else seed + position, settings.do_sample):
-                    output = self.model.generate(**inputs, generation_config=settings)
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                batch_size = (len(rows) + 1) // 2
-                print(f"{self.name}: out of memory with {len(rows)} rows, goes on with {batch_size}", flush=True)
-                continue
-            self.last_batch_size = len(rows)
-            for index, ids in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                answers[index] = self._text(ids)
-                if on_answer is not None:
-                    on_answer(index, answers[index])
-            position += len(rows)
+
+        def answer(rows: list[int], position: int) -> list[str]:
+            inputs = self._inputs([prompts[i] for i in rows], [requests[i].images for i in rows], rows)
+            settings = self._settings(max_new_tokens, temperature, top_p, max(len(prompts[i]) for i in rows))
+            with seeded(None if seed is None else seed + position, settings.do_sample):
+                output = self.model.generate(**inputs, generation_config=settings)
+            return [self._text(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+        answers, self.last_batch_size = answer_in_batches(order, batch_size, answer, self.name, on_answer)
         return answers
 
     def stream(
@@ -299,15 +278,11 @@ class ChatModel:
         return int(pad if pad is not None else self.stop_ids[0])
 
     def _settings(self, max_new_tokens: int, temperature: float, top_p: float, longest: int) -> GenerationConfig:
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ConfigError(
-                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, "
-                "top_p in (0, 1], max_new_tokens at least 1"
-            )
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         room = max_new_tokens if not limit else min(max_new_tokens, limit - longest)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-        return GenerationConfig(max_new_tokens=room, eos_token_id=self.stop_ids, pad_token_id=self._pad_id, **sampling)
+        return GenerationConfig(
+            max_new_tokens=room, eos_token_id=self.stop_ids, pad_token_id=self._pad_id, **sampling(max_new_tokens, temperature, top_p)
+        )
 
     def _text(self, ids: list[int]) -> str:
         """The words up to the first stop token."""
@@ -326,104 +301,7 @@ def place_marks(request: ChatRequest) -> list[Turn]:
     return turns
 
 
-def streamed(
-    model: Any,
-    inputs: dict[str, Tensor],
-    settings: GenerationConfig,
-    tokenizer: Any,
-    stop_ids: Sequence[int],
-    seed: int | None = None,
-    stop: Event | None = None,
-    skip_prompt: bool = True,
-) -> Iterator[str]:
-    """Generate in a thread of its own and give the pieces of the answer as they come; see `ChatModel.stream`.
-
-    Args:
-        model: Anything with transformers' `generate`.
-        inputs: Of one row.
-        settings: Of the generation.
-        tokenizer: Of the answer.
-        stop_ids: Tokens that end it.
-        seed: Of the sampling.
-        stop: Set it, from any thread, to end early.
-        skip_prompt: The first thing that `generate` sends is no answer: input ids, or what a decoder begins with.
-    """
-    closed = Event()  # this stream's own: the caller's event may belong to several
-    streamer = _AnswerStreamer(tokenizer, stop_ids, skip_prompt)
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with _seeded(seed, settings.do_sample):
-                criteria = StoppingCriteriaList([_StopWhenSet(closed, *([stop] if stop else []))])
-                model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=criteria)
-        except BaseException as error:  # goes to the caller, below: a thread's own error would be lost
-            failure.append(error)
-            streamer.end()
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield from _trimmed(streamer)
-    finally:
-        closed.set()
-        thread.join()
-    if failure:
-        raise failure[0]
-
-
 def _stop_ids(model: LlavaForConditionalGeneration, tokenizer: Any) -> list[int]:
     given = model.generation_config.eos_token_id if model.generation_config else None
     ids = given if isinstance(given, list) else [given, tokenizer.eos_token_id]
     return list(dict.fromkeys(int(i) for i in ids if i is not None))
-
-
-def _best_device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
-@contextmanager
-def _seeded(seed: int | None, sampling: bool) -> Iterator[None]:
-    """Seed torch for one generation, and leave the caller's generators as they were."""
-    if seed is None or not sampling:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-class _StopWhenSet(StoppingCriteria):
-    def __init__(self, *events: Event) -> None:
-        self.events = events
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), any(event.is_set() for event in self.events), dtype=torch.bool, device=input_ids.device)
-
-
-class _AnswerStreamer(TextIteratorStreamer):
-    """Pieces of text without prompt and without the token that ends the answer (which may be a newline)."""
-
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], skip_prompt: bool = True) -> None:
-        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-        self.stop_ids = set(stop_ids)
-
-    def put(self, value: Tensor) -> None:
-        if not value.numel():  # what `generate` sends for a prompt of embeddings
-            return
-        if not (self.skip_prompt and self.next_tokens_are_prompt) and int(value.flatten()[-1]) in self.stop_ids:
-            return
-        super().put(value)
-
-
-def _trimmed(pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces without the blanks around the whole."""
-    blank, begun = "", False
-    for piece in pieces:
-        text = blank + piece if begun else piece.lstrip()
-        kept = text.rstrip()
-        blank = text[len(kept) :]
-        if kept:
-            begun = True
-            yield kept

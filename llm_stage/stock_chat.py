@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from llm_stage.batched import answer_in_batches, best_device, sampling, seeded, streamed
 from llm_stage.blip2_chat import prompt_text
 from llm_stage.chat_format import IMAGE_MARK, Turn
-from llm_stage.generate import ChatRequest, _best_device, _seeded, place_marks, streamed
+from llm_stage.generate import ChatRequest, place_marks
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import open_image
 
@@ -59,7 +60,7 @@ class StockChat:
         Raises:
             ConfigError: Transformers cannot load it as an image-text-to-text model.
         """
-        device = torch.device(device) if device is not None else _best_device()
+        device = torch.device(device) if device is not None else best_device()
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         try:
             processor = AutoProcessor.from_pretrained(folder)
@@ -87,31 +88,18 @@ class StockChat:
         **decoding: Any,
     ) -> list[str]:
         """Answer many requests; see `ChatModel.generate`."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; at least 1 is right")
         texts = [self._text(request, f"request {index}") for index, request in enumerate(requests)]
         order = sorted(range(len(texts)), key=lambda index: (bool(requests[index].images), -len(texts[index])))
-        answers, position = [""] * len(texts), 0
-        while position < len(order):
-            rows = order[position : position + batch_size]
-            rows = [row for row in rows if bool(requests[row].images) == bool(requests[rows[0]].images)]
-            try:
-                inputs = self._inputs([texts[i] for i in rows], [requests[i] for i in rows], [f"request {i}" for i in rows])
-                settings = self._settings(max_new_tokens, temperature, top_p, **decoding)
-                with torch.no_grad(), _seeded(None if seed is None else seed + position, settings.do_sample):
-                    output = self.model.generate(**inputs, generation_config=settings)
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                batch_size = (len(rows) + 1) // 2
-                print(f"{self.name}: out of memory with {len(rows)} rows, goes on with {batch_size}", flush=True)
-                continue
-            self.last_batch_size = len(rows)
-            for index, ids in zip(rows, output[:, self._echo(inputs) :].tolist(), strict=True):
-                answers[index] = self._answer(ids)
-                if on_answer is not None:
-                    on_answer(index, answers[index])
-            position += len(rows)
+
+        def answer(rows: list[int], position: int) -> list[str]:
+            inputs = self._inputs([texts[i] for i in rows], [requests[i] for i in rows], [f"request {i}" for i in rows])
+            settings = self._settings(max_new_tokens, temperature, top_p, **decoding)
+            with torch.no_grad(), seeded(None if seed is None else seed + position, settings.do_sample):
+                output = self.model.generate(**inputs, generation_config=settings)
+            return [self._answer(ids) for ids in output[:, self._echo(inputs) :].tolist()]
+
+        with_images = [bool(request.images) for request in requests]
+        answers, self.last_batch_size = answer_in_batches(order, batch_size, answer, self.name, on_answer, with_images.__getitem__)
         return answers
 
     def stream(
@@ -185,19 +173,13 @@ class StockChat:
         return list(dict.fromkeys(int(i) for i in ids if i is not None))
 
     def _settings(self, max_new_tokens: int, temperature: float, top_p: float, **decoding: Any) -> GenerationConfig:
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ConfigError(
-                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature is 0 (greedy) or more, "
-                "top_p in (0, 1], max_new_tokens at least 1"
-            )
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
         own = self.model.generation_config
         begin = {"decoder_start_token_id": own.decoder_start_token_id} if getattr(own, "decoder_start_token_id", None) is not None else {}
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self._stops(),
             pad_token_id=self.tokenizer.pad_token_id,
-            **sampling,
+            **sampling(max_new_tokens, temperature, top_p),
             **begin,
             **decoding,
         )
