@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "experiment visft": Command(
         "apps.visft:main", "ViSFT on the embedded data: heads, LoRA, its permuted control, probes before and after, and a report"
     ),
+    "serve": Command("apps.serve:main", "OpenAI-compatible chat completions with images, streams and batches, from your models"),
     "demo": Command("apps.demo:main", "ask one to four models about an image, side by side, in the browser"),
     "data mini": Command("mmkit.minidata.build:main", "draw the embedded data set and write it in the formats of COCO, LLaVA and VQAv2"),
     "data check": Command(

@@ -14,9 +14,10 @@ import io
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 from llm_stage.chat_format import IMAGE_MARK, Turn
@@ -204,6 +205,19 @@ class EndpointChat:
 
         with ThreadPoolExecutor(max(1, min(self.workers, batch_size))) as pool:
             return list(pool.map(ask, bodies))
+
+    def stream(
+        self,
+        request: ChatRequest,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Event | None = None,
+    ) -> Iterator[str]:
+        """Answer one request, in one piece; see `ChatModel.stream`."""
+        if stop is None or not stop.is_set():
+            yield self.generate([request], max_new_tokens, 1, temperature, top_p, seed)[0]
 
     def encoder_card(self) -> dict[str, Any]:
         """What is known of its encoder: nothing, but where the model is."""

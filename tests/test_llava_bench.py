@@ -288,8 +288,9 @@ def test_a_model_behind_an_endpoint_is_asked_with_its_pictures(server: Server, t
         ChatRequest([Turn("user", "what")], [picture("red")]),
     ]
     assert chat.generate(requests, 8) == ["2 pictures", "1 pictures"]
+    assert list(chat.stream(requests[0], 8)) == ["2 pictures"]
     kinds = [part["type"] for body in server.seen for part in body["messages"][-1]["content"]]
-    assert sorted(kinds) == ["image_url"] * 3 + ["text"] * 2
+    assert sorted(kinds) == ["image_url"] * 5 + ["text"] * 3
     assert server.seen[0]["temperature"] == 0
     with pytest.raises(DataError, match="request 0: more marks <image> than pictures"):
         chat.generate([ChatRequest([Turn("user", "<image> or <image>")], [picture("red")])], 8)
