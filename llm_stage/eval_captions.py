@@ -10,6 +10,7 @@ take), `manifest.json`. A second start goes on where the first stopped.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,10 +172,12 @@ def caption_all(
                     if config.on_bad_sample == "error":
                         raise
                     records.append({**_line(item), "missing": str(error)})
+            began = time.monotonic()
             requests, how = [request for _, request in asked], decoding_of(config.protocol)
             texts = model.generate(requests, max_new_tokens=limit, batch_size=config.batch_size, **how) if asked else []
+            seconds = round((time.monotonic() - began) / max(1, len(asked)), 4)
             for (item, _), text in zip(asked, texts, strict=True):
-                records.append({**_line(item), "answer": text.strip()})
+                records.append({**_line(item), "answer": text.strip(), "seconds": seconds})
     return {line["question_id"]: line for line in merge_parts(out, [item.question_id for item in items], ranks)}
 
 

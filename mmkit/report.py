@@ -53,6 +53,7 @@ TITLES = {
     "coco_captions": "COCO captions",
     "flickr30k": "Flickr30k captions",
     "mini_captions": "Captions of the embedded scenes",
+    "mini_retrieval": "Captions and pictures of the embedded scenes, found by each other",
     "imagenet": "ImageNet-1K",
     "imagenet_a": "ImageNet-A",
     "imagenet_r": "ImageNet-R",
