@@ -86,7 +86,7 @@ def negatives(model: QFormer, pairs: Pairs) -> tuple[Tensor, Tensor]:
     image = model.image_states(pairs.features)
     rows = model.image_embeddings(model.queries(image)), model.text_embeddings(model.text(pairs.ids, pairs.mask))
     everyone = gather_pairs(pairs, model.config.pad)
-    _, to_text, to_image = itc_loss(*rows, model.temp, everyone.positive)
+    _, to_text, to_image = itc_loss(*rows, model.temp[0], everyone.positive)
     return hard_negatives(to_text, to_image, everyone, torch.Generator().manual_seed(0))
 
 
@@ -94,7 +94,7 @@ def four_passes(model: QFormer, pairs: Pairs, drawn: tuple[Tensor, Tensor]) -> T
     """The losses, one pass after the other."""
     everyone, image = gather_pairs(pairs, model.config.pad), model.image_states(pairs.features)
     rows = model.image_embeddings(model.queries(image)), model.text_embeddings(model.text(pairs.ids, pairs.mask))
-    itc, _, _ = itc_loss(*rows, model.temp, everyone.positive)
+    itc, _, _ = itc_loss(*rows, model.temp[0], everyone.positive)
     itm = itm_loss(model, image, pairs.ids, pairs.mask, everyone, drawn)
     written = pairs.ids.clone()
     written[:, 0] = model.config.dec

@@ -49,6 +49,7 @@ def from_lavis(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         new = next((re.sub(pattern, name, key) for pattern, name in RULES if re.match(pattern, key)), None)
         if new is None:
             raise DataError(f"{source}: '{key}' is no weight of a BLIP-2 as LAVIS writes it; is this another kind of checkpoint?")
+        tensor = tensor.reshape(1) if new == "temp" else tensor
         found[new.replace("attention.self.", "attention.attention.")] = tensor
     if not found:
         raise DataError(f"{source}: no Q-Former in it; the first of its {len(state)} keys is '{next(iter(state), '')}'")
@@ -75,7 +76,7 @@ def to_lavis(model: QFormer) -> dict[str, Tensor]:
             if re.match(pattern, name):
                 name = re.sub(pattern, new, name)
                 break
-        found[name] = tensor
+        found[name] = tensor.reshape(()) if name == "temp" else tensor
     found["Qformer.cls.predictions.decoder.weight"] = model.embeddings.word_embeddings.weight.detach()
     found["Qformer.cls.predictions.decoder.bias"] = model.cls.bias.detach()
     found["Qformer.bert.embeddings.position_ids"] = torch.arange(model.config.positions)[None]

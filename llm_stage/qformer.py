@@ -137,7 +137,7 @@ class QFormer(nn.Module):
         self.vision_projection = nn.Linear(config.width, config.joint_width)
         self.text_projection = nn.Linear(config.width, config.joint_width)
         self.itm_head = nn.Linear(config.width, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.temp = nn.Parameter(torch.tensor([0.07]))  # one number with a dimension: DeepSpeed cannot send one without
         self._begin()
 
     def _begin(self) -> None:

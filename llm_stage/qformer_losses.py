@@ -100,7 +100,7 @@ def stage1_loss(
     queries, logits = model.queries_and_caption(image, written, mask)
     image_rows, text_rows = model.image_embeddings(queries), model.text_embeddings(model.text(ids, mask))
     terms: dict[str, Tensor] = {}
-    terms["itc"], to_text, to_image = itc_loss(image_rows, text_rows, model.temp, everyone.positive, both_sides)
+    terms["itc"], to_text, to_image = itc_loss(image_rows, text_rows, model.temp[0], everyone.positive, both_sides)
     if weights[1]:
         drawn = negatives or hard_negatives(to_text, to_image, everyone, noise)
         terms["itm"] = itm_loss(model, image, ids, mask, everyone, drawn)

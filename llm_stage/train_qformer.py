@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         mine = Pairs(features, batch["ids"], batch["mask"], batch["image_ids"])
         loss, terms = run.forward(stage1_loss, mine, noise.at(run.step), counts.mean["words"], (itc, itm, itg), settings.both_sides)
         run.backward(loss, **terms)
-        run.log(**terms, temperature=model.temp)
+        run.log(**terms, temperature=model.temp[0])
         if run.updated and held_out and settings.val_every and (run.step + 1) % settings.val_every == 0 and run.step + 1 < run.steps:
             held_out.check(run, parts)
     if held_out:

@@ -172,7 +172,10 @@ class Run:
 
         Raises:
             DataError: The checkpoint does not fit the model.
+            ConfigError: DeepSpeed is asked for, and a parameter has no dimension.
         """
+        if self.deepspeed and (bare := [name for name, parameter in model.named_parameters() if not parameter.dim()]):
+            raise ConfigError(f"DeepSpeed cannot send a parameter without a dimension ({', '.join(bare[:3])}): train without run.deepspeed")
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if self._snapshot is not None and not self.deepspeed:

@@ -211,8 +211,13 @@ def test_four_micro_batches_are_one_batch(material: Path, trained: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(material: Path, trained: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int) -> None:
+@pytest.mark.parametrize("zero", [0, 2])
+def test_two_processes_equal_one(
+    zero: int, material: Path, trained: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int
+) -> None:
     words = flags(material, tmp_path / "two", "--run.micro_batch_size", "4")
+    if zero:
+        words += ["--run.deepspeed", json.dumps({"zero_optimization": {"stage": zero}})]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
     done = subprocess.run(
         [*command, "-m", "llm_stage.train_blip2", *words], env=child_environment, capture_output=True, text=True, timeout=300
