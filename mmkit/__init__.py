@@ -8,6 +8,7 @@ loaded with transformers, not before, since that takes seconds which `mmkit --he
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -50,6 +51,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 # peft imports bitsandbytes wherever it is installed, and that offers a faster 4-bit kernel for this very CPU each time, model or no model.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.getMessage())
+# peft 0.x asks transformers for a name that transformers 5 has renamed: the user can do nothing about it.
+warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 if "transformers" in sys.modules:
     register_models()

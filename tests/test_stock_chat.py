@@ -116,11 +116,8 @@ def test_a_picture_changes_the_answer_of_its_own_row_alone(llava_next: Path) -> 
     torch.testing.assert_close(one[1], other[1])
 
 
-def test_questions_of_a_benchmark_go_to_transformers_blip_2(chat: StockChat, tmp_path: Path) -> None:
-    if not chat.blip2:
-        pytest.skip("a LLaVA has no protocol")
-    chat.model.save_pretrained(tmp_path / "m")
-    chat.processor.save_pretrained(tmp_path / "m")
+def test_questions_of_a_benchmark_go_to_transformers_blip_2(stage2: Path, tmp_path: Path) -> None:  # noqa: F811
+    to_hf([str(stage2), str(tmp_path / "m")])
     picture("red").save(tmp_path / "0.png")
     (tmp_path / "q.json").write_text(json.dumps({"questions": [{"question_id": 1, "image": "0.png", "question": "w7"}]}))
     (tmp_path / "a.json").write_text(json.dumps({"annotations": [{"question_id": 1, "answers": [{"answer": "w8"}] * 10}]}))
