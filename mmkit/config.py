@@ -9,6 +9,7 @@ A recipe may begin with `base: NAME`: another recipe beside it (or its path), wh
 base's dict; `model_args.depth: 4` changes one entry of it.
 """
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -144,24 +145,29 @@ def cli_entry(main: Callable[[], Any]) -> NoReturn:
         main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        _leave_ranks()
-        sys.exit(130)
+        _leave(130)
     except (MMKitError, ValueError, LookupError, OSError) as error:
         if os.environ.get("MMKIT_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
         # A bare KeyError says only 'x'; its type is the better half of the message.
         name = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError) else ""
         print(f"error: {name}{error}", file=sys.stderr)
-        _leave_ranks()
-        sys.exit(2)
-    sys.exit(0)
+        _leave(2)
+    _leave(0)
 
 
-def _leave_ranks() -> None:
-    """End gloo's threads: a process that ends with them may be aborted (SIGABRT). NCCL's would wait for collectives that never come."""
+def _leave(code: int) -> NoReturn:
+    """End the process. A rank under gloo does so in order and at once: what is left of its threads may abort it (SIGABRT) while the
+    interpreter is taken down, when all is done and written. NCCL's group would wait for collectives that never come, and is left alone.
+    """
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # what libraries want done at the end (trackers, temporary folders) still is
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # ---- the tree of fields ------------------------------------------------------------------------------------------------------------------
