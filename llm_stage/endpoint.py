@@ -80,11 +80,15 @@ class Endpoint:
         """Read MODEL@URL.
 
         Raises:
-            ConfigError: It is not of this form.
+            ConfigError: It is not of this form, or has a key in it, which would end up in files.
         """
         model, at, url = text.partition("@")
         if not at or not model or not url.startswith(("http://", "https://")):
             raise ConfigError(f"'{text}' is no endpoint: MODEL@URL is right, as in qwen2.5-vl@http://localhost:8000/v1")
+        if any(mark in url for mark in "@?#"):
+            raise ConfigError(
+                f"the address of '{model}' holds a user, a key or a query; the key comes from an environment variable, not from the address"
+            )
         return cls(url.rstrip("/"), model, **more)
 
     @property
@@ -141,7 +145,8 @@ class Endpoint:
 
     def _refuse(self, response: Any) -> None:
         """Say what a refusal means; what the server wrote is shown, shortened."""
-        code, words = response.status_code, " ".join(response.text[:300].split())
+        code, words, key = response.status_code, " ".join(response.text[:300].split()), os.environ.get(self.key_variable)
+        words = words.replace(key, "(the key)") if key else words  # some servers repeat it
         if code in (401, 403):
             held = "holds a key that it does not take" if os.environ.get(self.key_variable) else "is not set"
             raise ConfigError(f"{self.url} wants a key (HTTP {code}): the environment variable {self.key_variable} {held}")
@@ -155,14 +160,18 @@ def _read(response: Any, seconds: float, attempts: int) -> tuple[Reply | None, s
     try:
         content = response.json()
         choice = content["choices"][0]
-        text = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+        said = choice["message"]
+        text, reason = said.get("content"), str(choice.get("finish_reason") or "")
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None, "an answer that is none of a chat completion"
+    if text is None and (
+        said.get("refusal") or reason == "content_filter"
+    ):  # a refusal is an answer: asking again costs, and gives the same
+        text, reason = str(said.get("refusal") or ""), "content_filter"
     if not isinstance(text, str):
         return None, "an answer without text"
     usage = content.get("usage") or {}
     prompt, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    reason = str(choice.get("finish_reason") or "")
     return Reply(text, str(content.get("model", "")), prompt, written, reason, round(seconds, 3), attempts), ""
 
 

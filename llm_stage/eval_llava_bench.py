@@ -34,6 +34,7 @@ from llm_stage.chat_models import load_chat
 from llm_stage.endpoint import KEY_VARIABLE, Endpoint
 from llm_stage.generate import ChatRequest
 from llm_stage.judge import MAX_TOKENS, TEMPERATURE, Case, Judge, MockJudge, context_of, parse_scores, same_family, self_test
+from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.evaluation import EvaluationFolder, Ranks
@@ -250,7 +251,7 @@ def review_all(
     path = out / "reviews.jsonl"
     if path.is_file():  # verdicts stay, failures are tried again
         kept = [row for row in read_jsonl(path) if row.get("scores")]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     orders = (False, True) if config.both_orders else (False,)
     with Records(path, key="review_id") as records:
         todo = [
@@ -354,14 +355,11 @@ def summarise(
 
 
 def usage(judge: Judge, config: LlavaBenchConfig) -> dict[str, Any]:
-    """What this start asked of the judge."""
-    cost = (judge.prompt_tokens * config.price[0] + judge.completion_tokens * config.price[1]) / 1e6
-    return {
-        "calls": judge.asked,
-        "prompt_tokens": judge.prompt_tokens,
-        "completion_tokens": judge.completion_tokens,
-        "cost": round(cost, 4),
-    }
+    """What was asked of the judge, in all starts."""
+    calls = judge.cache.done.values()
+    read, written = (sum(int(call[name]) for call in calls) for name in ("prompt_tokens", "completion_tokens"))
+    cost = (read * config.price[0] + written * config.price[1]) / 1e6
+    return {"calls": len(calls), "prompt_tokens": read, "completion_tokens": written, "cost": round(cost, 4)}
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

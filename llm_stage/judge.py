@@ -24,6 +24,7 @@ from mmkit.records import Records
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 TEMPERATURE, MAX_TOKENS = 0.2, 1024
 MOST = 10.0
+GIVE_UP = 5  # questions in a row without an answer: the endpoint is down, and hours of waiting would not change that
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _LABELLED = re.compile(rf"assistant[\s_]*([12])\W{{0,4}}\s*({_NUMBER})", re.IGNORECASE)
@@ -131,7 +132,7 @@ class Judge:
 
     def __init__(self, asks: Asks | Endpoint, cache: Records, temperature: float = TEMPERATURE, max_tokens: int = MAX_TOKENS) -> None:
         self.asks, self.cache, self.temperature, self.max_tokens = asks, cache, temperature, max_tokens
-        self.asked = self.prompt_tokens = self.completion_tokens = 0
+        self.unanswered = 0  # calls in a row
         self._lock = threading.Lock()
 
     def judge(self, case: Case, swapped: bool = False) -> dict[str, Any]:
@@ -145,7 +146,13 @@ class Judge:
             try:
                 reply, known = self._ask(message(case, swapped), attempt)
             except EndpointError as error:
+                self.unanswered += 1
+                if self.unanswered >= GIVE_UP:
+                    raise EndpointError(
+                        f"{GIVE_UP} questions in a row had no answer; what was judged is kept, start again: {error}"
+                    ) from error
                 return {"scores": None, "failure": str(error), "text": ""}
+            self.unanswered = 0
             text = reply["text"]
             scores = parse_scores(text)
             if scores is not None:
@@ -167,9 +174,6 @@ class Judge:
         reply = self.asks.complete(messages, max_tokens=self.max_tokens, temperature=self.temperature)
         row = {"key": key, **settings, "messages": messages, **asdict(reply)}
         with self._lock:
-            self.asked += 1
-            self.prompt_tokens += reply.prompt_tokens
-            self.completion_tokens += reply.completion_tokens
             if key not in self.cache.done:  # two equal questions at once
                 self.cache.append(row)
         return row, False

@@ -76,7 +76,7 @@ def read_sides(words: Sequence[str]) -> list[Side]:
 
     Raises:
         ConfigError: There are fewer than two sides.
-        DataError: A folder with commas or beside others holds several encoders, or none.
+        DataError: A folder with commas or beside others holds several encoders, or none; or one side has seeds and another a single run.
     """
     if len(words) == 1 and "," not in words[0]:
         data = read_runs([Path(words[0])])
@@ -96,6 +96,10 @@ def read_sides(words: Sequence[str]) -> list[Side]:
                 raise DataError(f"{folder} holds {held}; beside others a folder of one encoder is compared, such as {folder}/eval/NAME")
             seeds.append({evaluation.benchmark: evaluation for evaluation in data.evaluations})
         sides.append(Side(_name(word), seeds))
+    if len({len(side.seeds) == 1 for side in sides}) == 2:
+        raise DataError(
+            "one side has several seeds and another a single run, of which nobody knows how far another seed would be: give seeds to both"
+        )
     if len({side.name for side in sides}) < len(sides):
         for side, word in zip(sides, words, strict=True):
             side.name = word.split(",")[0]
@@ -198,6 +202,7 @@ def sentence(row: dict[str, Any]) -> str:
     )
     if p_text(row["p_holm"]) != p_text(row["p"]):
         evidence += f" (Holm {p_text(row['p_holm'])})"
+    evidence += f"; {row['left_out']} that not all have are left out" if row["left_out"] else ""
     if row["stands"]:
         return f"{ahead} is better than {behind} on {where}: {evidence}. The claim stands."
     if row["difference"] == 0:

@@ -70,6 +70,14 @@ def test_a_real_difference_stands_by_kind_and_in_all(tmp_path: Path, capsys: pyt
     assert "good is better than bad on vqa" in " ".join(capsys.readouterr().out.split())
 
 
+def test_questions_that_only_one_has_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = drawn(3)
+    write(tmp_path / "a" / "m" / "vqa", scores)
+    write(tmp_path / "b" / "m" / "vqa", dict(list(scores.items())[:150]))
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "50 that not all have are left out" in " ".join(capsys.readouterr().out.split())
+
+
 def test_many_benchmarks_are_paid_for(tmp_path: Path) -> None:
     """One in twenty of equal models' benchmarks looks different by chance; after Holm none of twenty may."""
     for number in range(20):
@@ -111,5 +119,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
         compare.main([str(tmp_path / "one"), str(tmp_path / "three")])
     with pytest.raises(DataError, match="vqa is scored by different metrics"):
         compare.main([str(tmp_path / "one"), str(tmp_path / "four")])
+    with pytest.raises(DataError, match="one side has several seeds and another a single run"):
+        compare.main([f"{tmp_path / 'one'},{tmp_path / 'one'}", str(tmp_path / "one")])
     with pytest.raises(DataError, match="no run folder"):
         compare.main([str(tmp_path / "one"), str(tmp_path / "five")])

@@ -246,6 +246,35 @@ def test_a_key_is_sent_and_never_written(server: Server, answers: Path, tmp_path
         eval_llava_bench.main(words(server, answers, tmp_path / "no", "--key_variable", "JUDGE_KEY"))
 
 
+def test_a_refusal_is_taken_for_one_and_not_asked_for_again(server: Server) -> None:
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I will not"}, "finish_reason": "stop"}]}
+    server.behave = lambda body, count: ("raw", json.dumps(refusal))
+    reply = Endpoint.parse(f"m@{server.url}").complete([{"role": "user", "content": "hello"}], max_tokens=1)
+    assert (reply.text, reply.finish_reason, len(server.seen)) == ("I will not", "content_filter", 1)
+
+
+def test_a_judge_that_is_down_is_given_up_and_its_verdicts_are_kept(server: Server, answers: Path, tmp_path: Path) -> None:
+    numbers = [row["question_id"] for row in read_jsonl(GOLDEN / "questions.jsonl")]
+    server.behave = lambda body, count: ("say", "8 6") if number_of(body) in numbers[:3] else ("status", 500)
+    with pytest.raises(EndpointError, match="5 questions in a row had no answer; what was judged is kept"):
+        eval_llava_bench.main(words(server, answers, tmp_path / "out", "--workers", "1"))
+    server.behave = lambda body, count: ("say", "8 6")
+    asked = len(server.seen)
+    eval_llava_bench.main(words(server, answers, tmp_path / "out", "--workers", "1"))
+    assert {number_of(body) for body in server.seen[asked:]} == set(numbers[3:])
+
+
+def test_an_address_with_a_key_in_it_is_refused_without_repeating_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="holds a user, a key or a query") as caught:
+        Endpoint.parse("m@https://user:secret-4711@host/v1")
+    assert "secret-4711" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-4711")
+    server.behave = lambda body, count: ("status", 400)
+    with pytest.raises(EndpointError, match="refused the request") as refused:
+        Endpoint.parse(f"m@{server.url}").complete([{"role": "user", "content": "secret-4711"}], max_tokens=1)
+    assert "secret-4711" not in str(refused.value)
+
+
 def test_families_are_named() -> None:
     assert same_family("Qwen3-32B-Instruct", "llava-qwen2.5-7b") == "qwen"
     assert same_family("llama-3.1-70b", "lmsys/vicuna-7b-v1.5") == "llama"
