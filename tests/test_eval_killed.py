@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from llava_tiny import COLOURS, picture, write_data, write_parts
 
+from llm_stage import eval_vqa
 from llm_stage.train_llava import main as train
+from mmkit import compare
 from mmkit.records import read_jsonl
 
-QUESTIONS = 80
+QUESTIONS = 120
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,16 @@ def test_killed_three_times_in_a_row(world: Path, undisturbed: Path, tmp_path: P
     subprocess.run(command(world, out), env=child_environment, check=True, capture_output=True, timeout=300)
     assert answers(out) == answers(undisturbed)
     assert json.loads((out / "summary.json").read_text())["metrics"] == json.loads((undisturbed / "summary.json").read_text())["metrics"]
+
+
+def test_another_batch_size_is_no_difference(world: Path, tmp_path: Path) -> None:
+    for size in (1, 16):
+        flags = command(world, tmp_path / f"batch_{size}" / "tiny" / "own_vqa")[3:]
+        eval_vqa.main([*flags, "--batch_size", str(size)])
+    found = compare.main([str(tmp_path / "batch_1"), str(tmp_path / "batch_16"), "--out", str(tmp_path / "out.json")])
+    rows = json.loads(found.read_text())
+    assert rows
+    assert all(row["difference"] == 0 and not row["stands"] for row in rows)
 
 
 @pytest.mark.slow
