@@ -176,9 +176,8 @@ class ChatModel:
             max_new_tokens, temperature, top_p, seed: As for `generate`.
             stop: Set it, from any thread, to end early.
         """
-        request = self._cut(request, "the request")
-        prompt = self._prompt(request, "the request")
-        inputs = self._inputs([prompt], [request.images], [0])
+        prompt, images = self.prompt(request)
+        inputs = self.inputs([prompt], [images])
         settings = self._settings(max_new_tokens, temperature, top_p, len(prompt))
         yield from streamed(self.model, inputs, settings, self.tokenizer, self.stop_ids, seed, stop)
 
@@ -197,6 +196,19 @@ class ChatModel:
             if getattr(config, key, None):
                 card[key] = getattr(config, key)
         return {**card, **(self.card.encoder_card if self.card else {})}
+
+    def prompt(self, request: ChatRequest, where: str = "the request") -> tuple[list[int], Sequence[ImageSource]]:
+        """A request as the LLM sees it: token ids with a placeholder for each image token, and the views of its images in order.
+
+        Raises:
+            DataError: As `generate`.
+        """
+        request = self._cut(request, where)
+        return self._prompt(request, where), request.images
+
+    def inputs(self, prompts: Sequence[list[int]], images: Sequence[Sequence[ImageSource]]) -> dict[str, Tensor]:
+        """Prompts padded on the left [B, L] with their mask, and pixel_values of all their images, on the model's device."""
+        return self._inputs(list(prompts), list(images), list(range(len(prompts))))
 
     # -- inside -------------------------------------------------------------------------------------------------------------------------
 
