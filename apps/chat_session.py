@@ -1,14 +1,15 @@
-"""The state of one person's comparison: an image, questions, and every model's answer to each. No Gradio in it.
+"""The state of one person's comparison: images, questions, and every model's answer to each. No Gradio in it.
 
 The models are shared by all sessions, the rounds are not. Each model answers in a thread of its own and tells what it wrote through one
 queue; `ChatSession.ask` turns that into a stream of snapshots for whoever draws them.
 """
 
+import hashlib
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, Queue
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ from llm_stage.generate import ChatRequest
 from mmkit.errors import DataError
 
 MAX_QUESTION = 2000  # characters; longer than any context of the models at hand leaves room for
+MAX_IMAGES = 8
 SNAPSHOTS_PER_SECOND = 20
 IMAGE_MARK = "<image>"
 
@@ -56,7 +58,8 @@ class Limits:
 class Answer:
     """One model's answer to one question, as far as it is written.
 
-    `first_token` and `seconds` count from the moment the model was asked, its waiting for a free turn included.
+    `first_token` and `seconds` count from the moment the model was asked, its waiting for a free turn included. `tokens` is the answer's
+    length where the model's tokenizer is at hand.
     """
 
     model: str
@@ -64,7 +67,7 @@ class Answer:
     state: State = "waiting"
     first_token: float | None = None
     seconds: float | None = None
-    pieces: int = 0
+    tokens: int | None = None
     error: str = ""
 
     @property
@@ -72,14 +75,29 @@ class Answer:
         """True when nothing more will be written."""
         return self.state in FINISHED
 
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first one, which waits for the image and the prompt; None where there is no second."""
+        if not self.tokens or self.tokens < 2 or self.seconds is None or self.first_token is None or self.seconds <= self.first_token:
+            return None
+        return (self.tokens - 1) / (self.seconds - self.first_token)
+
 
 @dataclass
 class Round:
-    """One question about one image (or none), and an answer per model."""
+    """One question about some images (or none), and an answer per model; `attempt` counts how often it was asked before.
+
+    `digests` tell the images apart by what is in them: one that was saved and loaded again is still the same image.
+    """
 
     question: str
-    image: Image | None
+    images: tuple[Image, ...]
     answers: list[Answer]
+    attempt: int = 0
+    digests: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digests = tuple(map(digest, self.images))
 
 
 @dataclass
@@ -104,10 +122,21 @@ class ModelShelf:
         self.names = distinct(names)
         self.locks = [threading.Lock() for _ in models]
 
+    def pick(self, places: Sequence[int], names: Sequence[str]) -> "ModelShelf":
+        """Some of the models under other names, for a blind comparison; a model still does one thing at a time, whichever shelf asks."""
+        picked = ModelShelf([self.models[place] for place in places])
+        picked.names, picked.locks = list(names), [self.locks[place] for place in places]
+        return picked
 
-def user_turn(question: str, image: Image | None) -> Turn:
-    """A question as a turn; `image`, if any, is first shown with it, before its words, as in LLaVA's own prompts."""
-    return Turn("user", f"{IMAGE_MARK}\n{question}" if image is not None else question)
+
+def digest(image: Image) -> str:
+    """SHA-256 of an image's size and pixels."""
+    return hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
+
+
+def user_turn(question: str, images: int) -> Turn:
+    """A question as a turn; so many images are first shown with it, before its words, as in LLaVA's own prompts."""
+    return Turn("user", f"{IMAGE_MARK}\n" * images + question)
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -124,20 +153,22 @@ class ChatSession:
         self._stop = threading.Event()
         self._asking = threading.Lock()
 
-    def ask(self, question: str, image: Image | None, limits: Limits | None = None) -> Iterator[list[Round]]:
+    def ask(
+        self, question: str, images: Sequence[Image] = (), limits: Limits | None = None, *, instead: bool = False
+    ) -> Iterator[list[Round]]:
         """Ask all models; yields the rounds so far, about `SNAPSHOTS_PER_SECOND` times a second and once at the end.
 
         A model that fails does not take the others along: its answer holds the reason.
 
         Args:
             question: The words of the question, without any image mark.
-            image: RGB, or None for a question about no image.
+            images: RGB; none for a question about no image.
             limits: How to answer; None is the default.
+            instead: The question takes the place of the last one, whose answers are dropped.
 
         Raises:
-            DataError: The question is empty or too long, or this session's last question is still being answered.
+            DataError: The question is empty or too long, there are too many images, or this session's last question is still being answered.
         """
-        limits = limits or Limits()
         question = question.strip()
         if not question:
             raise DataError("the question is empty: type one, or pick one of the suggested questions")
@@ -145,10 +176,29 @@ class ChatSession:
             raise DataError(f"the question has {len(question)} characters; at most {MAX_QUESTION} are taken")
         if IMAGE_MARK in question:
             raise DataError(f"the question holds {IMAGE_MARK}, the models' own mark for where the image is: leave it out")
+        if len(images) > MAX_IMAGES:
+            raise DataError(f"{len(images)} images were given; at most {MAX_IMAGES} are taken")
+        yield from self._asked(Round(question, tuple(images), []), limits or Limits(), drop_last=instead)
+
+    def again(self, limits: Limits | None = None) -> Iterator[list[Round]]:
+        """Ask the last question once more, in place of the answers it had; where tokens are drawn, with the next seed.
+
+        Raises:
+            DataError: Nothing was asked yet, or the last question is still being answered.
+        """
+        if not self.rounds:
+            raise DataError("nothing was asked yet: there is no answer to make anew")
+        last = self.rounds[-1]
+        yield from self._asked(Round(last.question, last.images, [], last.attempt + 1), limits or Limits(), drop_last=True)
+
+    def _asked(self, current: Round, limits: Limits, drop_last: bool) -> Iterator[list[Round]]:
+        """Take the session's turn, then answer."""
         if not self._asking.acquire(blocking=False):
             raise DataError("the last question is still being answered: wait for it, or press Stop")
         try:
-            yield from self._rounds_while_answering(question, image, limits)
+            if drop_last and self.rounds:
+                self.rounds = self.rounds[:-1]
+            yield from self._rounds_while_answering(current, limits)
         finally:
             self._stop.set()  # the page may have gone away in mid-answer: the threads must not write on for nobody
             self._asking.release()
@@ -162,26 +212,39 @@ class ChatSession:
         self.stop()
         self.rounds = []
 
-    def history(self, index: int, image: Image | None) -> list[Turn]:
-        """The turns model `index` has had about this very image: rounds from the last change of image on, its failed ones left out."""
+    def load(self, rounds: Sequence[Round]) -> None:
+        """Take over a saved conversation in place of this one.
+
+        Raises:
+            DataError: A question is still being answered.
+        """
+        if not self._asking.acquire(blocking=False):
+            raise DataError("the last question is still being answered: wait for it, or press Stop")
+        self.rounds = list(rounds)
+        self._asking.release()
+
+    def history(self, index: int, current: Round) -> list[Turn]:
+        """The turns model `index` has had about a round's images: rounds from the last change of images on, its failed ones left out."""
         turns: list[Turn] = []
         for past in self.rounds:
-            answer = past.answers[index]
-            if past.image is not image:
+            answer = next((answer for answer in past.answers if answer.model == self.shelf.names[index]), None)
+            if past.digests != current.digests:
                 turns = []
-            elif answer.state in ("done", "stopped") and answer.text.strip():
-                turns += [user_turn(past.question, image if not turns else None), Turn("assistant", answer.text.strip())]
+            elif answer and answer.state in ("done", "stopped") and answer.text.strip():
+                turns += [user_turn(past.question, len(past.images) if not turns else 0), Turn("assistant", answer.text.strip())]
         return turns
 
-    def _rounds_while_answering(self, question: str, image: Image | None, limits: Limits) -> Iterator[list[Round]]:
+    def _rounds_while_answering(self, current: Round, limits: Limits) -> Iterator[list[Round]]:
         """Start the threads, then turn their news into snapshots until all have ended or Stop was pressed."""
         self._stop = stop = threading.Event()
+        if limits.seed is not None:
+            limits = replace(limits, seed=limits.seed + current.attempt)
         requests = []
         for index in range(len(self.shelf.models)):
-            turns = self.history(index, image) if limits.remember else []
-            turns.append(user_turn(question, image if not turns else None))
-            requests.append(ChatRequest(turns=turns, images=[image] if image is not None else []))
-        current = Round(question, image, [Answer(name) for name in self.shelf.names])
+            turns = self.history(index, current) if limits.remember else []
+            turns.append(user_turn(current.question, len(current.images) if not turns else 0))
+            requests.append(ChatRequest(turns=turns, images=list(current.images)))
+        current.answers = [Answer(name) for name in self.shelf.names]
         self.rounds.append(current)
         yield self.rounds
 
@@ -199,10 +262,18 @@ class ChatSession:
                 pass
             if stop.is_set():
                 _mark_stopped(current, starts)
+            self._count_tokens(current)
             if time.perf_counter() - shown >= 1 / SNAPSHOTS_PER_SECOND:
                 shown = time.perf_counter()
                 yield self.rounds
         yield self.rounds
+
+    def _count_tokens(self, current: Round) -> None:
+        """Count the tokens of answers that have ended, where the tokenizer is at hand."""
+        for answer, model in zip(current.answers, self.shelf.models, strict=True):
+            tokenizer = getattr(model, "tokenizer", None)
+            if answer.finished and answer.tokens is None and tokenizer is not None:
+                answer.tokens = len(tokenizer(answer.text, add_special_tokens=False)["input_ids"])
 
     def _answer_in_turn(
         self, group: Sequence[int], requests: Sequence[ChatRequest], limits: Limits, news: "Queue[_News]", stop: threading.Event
@@ -249,7 +320,6 @@ def _apply(current: Round, news: _News, starts: dict[int, float]) -> None:
         answer.first_token = since if answer.first_token is None else answer.first_token
         answer.state = "writing"
         answer.text += news.piece
-        answer.pieces += 1
     if news.state is not None:
         answer.state, answer.error, answer.seconds = news.state, news.error, since
 

@@ -1,14 +1,15 @@
-"""The demo: choose an image, ask, and read the answers of one to four models side by side, as they are written.
+"""The demo: choose images, ask, and read the answers of one to four models side by side, as they are written.
 
     mmkit demo                                            the models of runs/quickstart; without any, the one in this package
     mmkit demo --model runs/a/model --model runs/b/model  these
+
+Further tabs: vote without knowing who answered, look at what encoders and answers attend to, browse the questions of a run.
 
 One process, bound to loopback. The page asks nothing of any other host: system fonts, no analytics, no sharing, no remote scripts.
 """
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,26 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it wh
 import gradio as gr
 from PIL import Image
 
-from apps import demo_page
-from apps.chat_session import Answerer, ChatSession, Limits, ModelShelf
+from apps import demo_page, demo_style
+from apps.chat_session import Answerer, ModelShelf
+from apps.demo_browse import build_browse
+from apps.demo_chat import build_chat
+from apps.demo_desk import QUIET, Desk
+from apps.demo_desk import settings as demo_settings
+from apps.demo_inside import build_inside
+from apps.demo_vote import build_vote
 from apps.quickstart_plan import SCENE_DRAWINGS
+from apps.serve import LOOPBACK
+from apps.votes import Votes
+from encoders.catalog import load_encoder
 from mmkit.config import cli_entry, load_config
-from mmkit.errors import ConfigError, DataError, MMKitError
-from mmkit.images import open_image
+from mmkit.errors import ConfigError
 
-IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 16  # questions waiting in the queue; the next one is told that the demo is busy
 QUICKSTART = Path("runs/quickstart/llava")
-# Worded as in the embedded world, whose questions the small models learned; real chat models understand them as well.
-PRESETS = [
-    "what is in the picture?",
-    "how many objects are there?",
-    "what color is the background?",
-    "what word is written?",
-    "describe the picture.",
-]
+RUNS, VOTES = "runs", "runs/votes.sqlite"
+PASSWORD, USER = "MMKIT_DEMO_PASSWORD", "mmkit"
 
 
 @dataclass
@@ -49,17 +51,29 @@ class DemoConfig:
             "help": "folders, or names of `mmkit list models`, 1 to 4: --model A --model B, or --model A,B; none: those of runs/quickstart, or mini-chat"
         },
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; loopback keeps the demo to this machine"})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": f"address to listen on; one that is no loopback takes a password in {PASSWORD}"}
+    )
     port: int = field(default=7860, metadata={"help": "port; 0 takes a free one"})
     examples: int = field(default=12, metadata={"help": "example images drawn from the embedded world; 0: none"})
     open_browser: bool = field(default=False, metadata={"help": "open the page in the default browser"})
+    encoder: list[str] = field(
+        default_factory=list,
+        metadata={"help": "encoders to look inside beside the models' own: folders, or names of `mmkit list encoders`"},
+    )
+    runs: str = field(default=RUNS, metadata={"help": "folder whose run folders may be browsed"})
+    votes: str = field(default=VOTES, metadata={"help": "file of the blind votes; several demos may share it"})
 
     def validate(self) -> None:
-        """Check the number of models.
+        """Check the number of models, and that nothing is opened to others without a password.
 
         Raises:
-            ConfigError: More than four.
+            ConfigError: More than four models, or an address that is no loopback and no password.
         """
+        if self.host not in LOOPBACK and not os.environ.get(PASSWORD):
+            raise ConfigError(
+                f"--host {self.host} opens the page to others: set a password in the environment first ({PASSWORD}; user {USER})"
+            )
         if len(self.model) > 4:
             raise ConfigError(f"--model names {len(self.model)} models; the page holds up to four side by side")
 
@@ -76,139 +90,62 @@ class SafeImage(gr.Image):
         return None if payload is None else payload.path
 
 
-class Page:
-    """The handlers behind the page: a `ChatSession` per open browser page, and HTML made of its rounds."""
+def build_page(
+    shelf: ModelShelf,
+    examples: Sequence[Image.Image] = (),
+    *,
+    votes: Path | str = VOTES,
+    encoders: Sequence[tuple[str, Any]] = (),
+    runs: Path | str = RUNS,
+    scores: Sequence[dict[str, str]] | None = None,
+) -> gr.Blocks:
+    """Put the page together: images on the left, the tabs on the right (below, on a phone).
 
-    def __init__(self, shelf: ModelShelf, examples: Sequence[Image.Image]) -> None:
-        self.shelf = shelf
-        self.examples = list(examples)
-        self.sessions: dict[str, ChatSession] = {}
-        self.images: dict[str, tuple[str, Image.Image]] = {}
-        self.thumbnails: dict[str, dict[int, tuple[Image.Image, str]]] = {}
-        self._lock = threading.Lock()
-
-    def session(self, request: gr.Request) -> ChatSession:
-        """The session of the page that asks; made when it first does."""
-        with self._lock:
-            return self.sessions.setdefault(str(request.session_hash), ChatSession(self.shelf))
-
-    def ask(
-        self, path: str | None, question: str, tokens: float, temperature: float, together: bool, remember: bool, request: gr.Request
-    ) -> Iterator[Any]:
-        """Answer a question with every model; yields (conversation, notice, question box, ask button, stop button)."""
-        session, memory = self.session(request), self.thumbnails.setdefault(str(request.session_hash), {})
-        busy = (gr.update(interactive=False), gr.update(interactive=True))
-        idle = (gr.update(interactive=True), gr.update(interactive=False))
-        limits = Limits(int(tokens), float(temperature), together=bool(together), remember=bool(remember))
-        try:
-            image = self.image(path, request)
-            for number, rounds in enumerate(session.ask(question or "", image, limits)):
-                box = "" if number == 0 else gr.skip()
-                yield demo_page.rounds_html(rounds, memory), "", box, *busy
-            yield gr.skip(), "", gr.skip(), *idle
-        except (MMKitError, ValueError, OSError) as error:  # a question or a file that is not right: said on the page, with what to do
-            yield demo_page.rounds_html(session.rounds, memory), demo_page.notice_html(str(error)), gr.skip(), *idle
-
-    def image(self, path: str | None, request: gr.Request) -> Image.Image | None:
-        """Decode the chosen image; the same file is the same object, so that a follow-up question is known as one."""
-        if not path:
-            return None
-        key = str(request.session_hash)
-        if self.images.get(key, ("",))[0] != path:
-            name = Path(path).name
-            if Path(path).suffix.lower() not in IMAGE_TYPES:
-                raise DataError(f"{name}: images of these types are taken: {', '.join(IMAGE_TYPES)}")
-            self.images[key] = path, open_image(path, where=f"the uploaded file {name}")
-        return self.images[key][1]
-
-    def stop(self, request: gr.Request) -> None:
-        """End the answers being written."""
-        self.session(request).stop()
-
-    def clear(self, request: gr.Request) -> tuple[str, str]:
-        """Start a new conversation."""
-        self.session(request).clear()
-        self.thumbnails.pop(str(request.session_hash), None)
-        return demo_page.rounds_html([]), ""
-
-    def example(self, event: gr.SelectData) -> Image.Image:
-        """The example that was tapped, for the image picker."""
-        return self.examples[int(event.index)]
-
-    def forget(self, request: gr.Request) -> None:
-        """A page was closed: stop what it asked for and drop what it holds."""
-        key = str(request.session_hash)
-        if key in self.sessions:
-            self.sessions.pop(key).stop()
-        self.images.pop(key, None)
-        self.thumbnails.pop(key, None)
-
-
-def build_page(shelf: ModelShelf, examples: Sequence[Image.Image] = ()) -> gr.Blocks:
-    """Put the page together: image and examples on the left, conversation and question on the right (below, on a phone)."""
-    page = Page(shelf, examples)
+    Args:
+        shelf: The models.
+        examples: Images to choose from.
+        votes: The file of blind votes.
+        encoders: Encoders to look inside beside those of the models, with their names.
+        runs: Folder whose run folders may be browsed.
+        scores: Of each model's encoder, for its card.
+    """
+    desk, cards = Desk(shelf, examples), [model.encoder_card() for model in shelf.models]
     with gr.Blocks(title="mmkit demo", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(demo_page.head_html(shelf.names, [model.encoder_card() for model in shelf.models]), elem_id="mm-head")
+        gr.HTML(demo_page.head_html(shelf.names, cards, scores), elem_id="mm-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280):
-                picker = SafeImage(
-                    type="filepath", sources=["upload", "clipboard"], label="Image", height=270, buttons=[], elem_id="mm-image"
-                )
-                if page.examples:
-                    gallery = gr.Gallery(
-                        page.examples, label="Or one of these", columns=4, height="auto", allow_preview=False, object_fit="cover", buttons=[],
-                        interactive=False, format="png", elem_id="mm-examples",
-                    )  # fmt: skip
-                    gallery.select(page.example, None, picker, show_progress="hidden", queue=False)
-            with gr.Column(scale=7, min_width=300):
-                conversation = gr.HTML(demo_page.rounds_html([]), elem_id="mm-conversation")
-                notice = gr.HTML("", elem_id="mm-notice")
-                with gr.Row(elem_id="mm-send"):
-                    question = gr.Textbox(
-                        placeholder="Ask about the image …",
-                        show_label=False,
-                        label="Question",
-                        lines=1,
-                        max_lines=4,
-                        elem_id="mm-question",
-                        scale=1,
-                        container=False,
-                    )
-                    send = gr.Button("Ask", variant="primary", elem_id="mm-ask-button")
-                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="mm-stop-button")
-                with gr.Row(elem_id="mm-presets"):
-                    presets = [gr.Button(text, size="sm", variant="secondary") for text in PRESETS]
-                clear = gr.Button("New conversation", size="sm", variant="secondary", elem_id="mm-clear")
-                with gr.Accordion("Settings", open=False, elem_id="mm-settings"):
-                    tokens = gr.Slider(1, 512, 64, step=1, label="Longest answer (tokens)")
-                    temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 always takes the likeliest token")
-                    together = gr.Checkbox(
-                        True, label="All models at once", info="off: one after the other, so that their times do not disturb each other"
-                    )
-                    remember = gr.Checkbox(True, label="Remember earlier questions about the image")
-        inputs = [picker, question, tokens, temperature, together, remember]
-        outputs = [conversation, notice, question, send, stop]
-        _wire(page, inputs, outputs, (send, stop, clear), presets)
-        blocks.unload(page.forget)
+                picker, more = _images(desk)
+                settings = demo_settings()
+            with gr.Column(scale=7, min_width=300), gr.Tabs(elem_id="mm-tabs") as tabs:
+                with gr.Tab("Chat", id="chat"):
+                    chat = build_chat(desk, cards, picker, more, settings)
+                with gr.Tab("Blind vote", id="vote") as tab:
+                    build_vote(desk, Votes(votes), picker, more, settings, tab)
+                with gr.Tab("Look inside", id="inside"):
+                    build_inside(desk, encoders, picker, more)
+                with gr.Tab("Browse a run", id="browse"):
+                    build_browse(Path(runs), picker, chat, tabs)
+        blocks.unload(desk.forget)
     return blocks
 
 
-def _wire(
-    page: Page, inputs: list[Any], outputs: list[Any], buttons: tuple[gr.Button, gr.Button, gr.Button], presets: list[gr.Button]
-) -> None:
-    """Say which button calls what."""
-    send, stop, clear = buttons
-    question = inputs[1]
-    # Streams are told apart by session, models by their lock, so the queue may run several at once.
-    options = {"show_progress": "hidden", "concurrency_limit": 8, "concurrency_id": "ask", "api_name": False}
-    gr.on([send.click, question.submit], page.ask, inputs, outputs, **options)
-    for button in presets:
-        ask: Callable[..., Any] = page.ask
-        button.click(lambda text=button.value: text, None, question, queue=False, show_progress="hidden").then(
-            ask, inputs, outputs, **options
-        )
-    stop.click(page.stop, None, None, queue=False, show_progress="hidden")
-    clear.click(page.clear, None, outputs[:2], queue=False, show_progress="hidden")
+def _images(desk: Desk) -> tuple[gr.Image, gr.Gallery]:
+    """The image picker, a place for further images, and the examples."""
+    picker = SafeImage(
+        type="filepath", sources=["upload", "clipboard", "webcam"], label="Image", height=270, buttons=[], format="png", elem_id="mm-image"
+    )
+    with gr.Accordion("More images", open=False, elem_id="mm-more"):
+        more = gr.Gallery(
+            label="Further images, after the first", columns=4, height=180, type="filepath", file_types=["image"], format="png", buttons=[],
+            interactive=True, elem_id="mm-more-images",
+        )  # fmt: skip
+    if desk.examples:
+        gallery = gr.Gallery(
+            desk.examples, label="Or one of these", columns=4, height="auto", allow_preview=False, object_fit="cover", buttons=[],
+            interactive=False, format="png", elem_id="mm-examples",
+        )  # fmt: skip
+        gallery.select(desk.example, None, picker, **QUIET)
+    return picker, more
 
 
 def theme() -> gr.themes.Base:
@@ -222,6 +159,10 @@ def theme() -> gr.themes.Base:
         body_background_fill="#f5f6f9",
         body_background_fill_dark="#14171d",
         block_shadow="none",
+        body_text_color_subdued="*neutral_600",  # gradio's own grey is too faint to read on its fields
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
         button_large_text_weight="600",
     )
 
@@ -240,10 +181,11 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int = 0, *, open_br
         The page's address.
     """
     blocks.queue(max_size=MAX_WAITING)
+    password = os.environ.get(PASSWORD)
     _, url, _ = blocks.launch(
         server_name=host, server_port=port or None, share=False, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, show_error=True,
-        max_file_size=MAX_UPLOAD, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme(), css=demo_page.CSS,
-        head=demo_page.HEAD, footer_links=[],
+        auth=(USER, password) if password else None, max_file_size=MAX_UPLOAD, enable_monitoring=False, ssr_mode=False, pwa=False,
+        mcp_server=False, theme=theme(), css=demo_style.CSS, head=demo_style.HEAD, footer_links=[],
     )  # fmt: skip
     if block:
         print(f"the demo is at {url}   (Ctrl-C ends it)", flush=True)
@@ -286,6 +228,23 @@ def example_images(count: int, seed: int = 7) -> list[Image.Image]:
     return images
 
 
+def scores_of(folder: str) -> dict[str, str]:
+    """What the evaluations beside a model say of its encoder: benchmark -> score. A run keeps them in eval/ENCODER, next to llava/ENCODER."""
+    from mmkit.report_data import read_runs
+
+    place = Path(folder).resolve()
+    place = place.parent if place.name == "model" else place
+    root = next((above / "eval" / place.name for above in place.parents[:3] if (above / "eval" / place.name).is_dir()), None)
+    if root is None or not any(root.rglob("summary.json")):
+        return {}
+    scores: dict[str, str] = {}
+    for found in read_runs([root]).evaluations:
+        metric = found.metrics[found.main]
+        low, high = metric["ci95"]
+        scores[found.benchmark.replace("_", " ")] = f"{metric['value']:.1f} % [{low:.1f}, {high:.1f}]"
+    return scores
+
+
 def load_models(folders: Sequence[str]) -> ModelShelf:
     """Load all models before the page opens, so that a folder that does not load is said at once."""
     from llm_stage.chat_models import load_chat
@@ -301,10 +260,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Serve the demo until it is interrupted; gives the folder of the first model back."""
     import sys
 
-    config = load_config(DemoConfig, join_repeated(list(sys.argv[1:] if argv is None else argv), "--model"))
+    config = load_config(DemoConfig, join_repeated(join_repeated(list(sys.argv[1:] if argv is None else argv), "--model"), "--encoder"))
     folders = config.model or quickstart_models()
     shelf = load_models(folders)
-    launch(build_page(shelf, example_images(config.examples)), config.host, config.port, open_browser=config.open_browser, block=True)
+    extra = [(name, load_encoder(name).eval()) for name in config.encoder]
+    scores = [scores_of(folder) for folder in folders]
+    page = build_page(shelf, example_images(config.examples), votes=config.votes, encoders=extra, runs=config.runs, scores=scores)
+    launch(page, config.host, config.port, open_browser=config.open_browser, block=True)
     return Path(folders[0])
 
 

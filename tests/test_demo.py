@@ -1,5 +1,6 @@
 """The demo: sessions without a page, then the real page in Chromium with a tiny random LLaVA, a slow model and one that fails."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -7,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from llava_tiny import picture, tiny_llm, tiny_tower
+from llava_tiny import picture
 from PIL import Image
 
 from apps import demo, demo_page
 from apps.chat_session import Answer, ChatSession, Limits, ModelShelf, Round
 from llm_stage import models
-from llm_stage.chat_format import ChatFormat
-from llm_stage.generate import ChatModel, ChatRequest
-from llm_stage.llava import build_llava
+from llm_stage.generate import ChatRequest
 from mmkit.errors import ConfigError, DataError
 
 
@@ -26,6 +24,7 @@ class Scripted:
     def __init__(self, name: str, words: str = "a red apple", delay: float = 0.0, error: Exception | None = None) -> None:
         self.name, self.words, self.delay, self.error = name, words, delay, error
         self.requests: list[ChatRequest] = []
+        self.seeds: list[int | None] = []
         self.closed = 0
         self.running = 0
         self.most_running = 0
@@ -35,6 +34,7 @@ class Scripted:
 
     def stream(self, request: ChatRequest, **options: Any) -> Iterator[str]:
         self.requests.append(request)
+        self.seeds.append(options["seed"])
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -50,7 +50,7 @@ class Scripted:
 
 def ask(session: ChatSession, question: str, image: Image.Image | None = None, limits: Limits | None = None) -> Round:
     """Ask and wait for the end."""
-    for _ in session.ask(question, image, limits):
+    for _ in session.ask(question, [image] if image else [], limits):
         pass
     return session.rounds[-1]
 
@@ -93,7 +93,7 @@ def test_stop_ends_the_answers_keeps_their_words_and_closes_the_generation() -> 
 
 def test_a_page_that_goes_away_stops_its_models() -> None:
     slow = Scripted("slow", " ".join(map(str, range(200))), 0.02)
-    stream = ChatSession(ModelShelf([slow])).ask("count", None)
+    stream = ChatSession(ModelShelf([slow])).ask("count")
     next(stream)  # the question alone; the models start after it
     next(stream)
     stream.close()
@@ -143,10 +143,66 @@ def test_one_model_answers_one_question_at_a_time_whoever_asks() -> None:
 def test_one_after_the_other_never_runs_two_models_at_once() -> None:
     first, second = Scripted("a", "one two three", 0.05), Scripted("b", "four", 0.01)
     session = ChatSession(ModelShelf([first, second]))
-    for rounds in session.ask("what?", None, Limits(together=False)):
+    for rounds in session.ask("what?", (), Limits(together=False)):
         answers = rounds[-1].answers
         assert answers[0].finished or answers[1].state == "waiting"
     assert [answer.state for answer in session.rounds[-1].answers] == ["done", "done"]
+
+
+def test_several_images_come_in_order_each_with_its_mark() -> None:
+    model, images = Scripted("a"), [picture("red"), picture("blue")]
+    session = ChatSession(ModelShelf([model]))
+    list(session.ask("what differs?", images))
+    assert model.requests[0].turns[0].text == "<image>\n<image>\nwhat differs?"
+    assert list(model.requests[0].images) == images
+    list(session.ask("and the second?", images))
+    assert [turn.role for turn in model.requests[1].turns] == ["user", "assistant", "user"]
+    list(session.ask("and now?", images[::-1]))  # the other way round they are another question
+    assert [turn.role for turn in model.requests[2].turns] == ["user"]
+    with pytest.raises(DataError, match="9 images"):
+        list(session.ask("all?", [picture("red")] * 9))
+
+
+def test_asking_again_replaces_the_answers_and_draws_with_another_seed() -> None:
+    model = Scripted("a")
+    session, limits = ChatSession(ModelShelf([model])), Limits(temperature=1.0, seed=5)
+    ask(session, "what is it?", picture("red"), limits)
+    list(session.again(limits))
+    list(session.again(limits))
+    assert len(session.rounds) == 1
+    assert session.rounds[0].attempt == 2
+    assert [turn.text for turn in model.requests[2].turns] == ["<image>\nwhat is it?"]  # the replaced answer is no part of the prompt
+    assert model.seeds == [5, 6, 7]
+    with pytest.raises(DataError, match="nothing was asked"):
+        list(ChatSession(ModelShelf([model])).again())
+
+
+def test_an_edited_question_takes_the_last_ones_place_and_a_bad_one_takes_nothing() -> None:
+    model, image = Scripted("a"), picture("red")
+    session = ChatSession(ModelShelf([model]))
+    ask(session, "first?", image)
+    ask(session, "secnd?", image)
+    with pytest.raises(DataError, match="empty"):
+        list(session.ask(" ", [image], instead=True))
+    assert len(session.rounds) == 2
+    list(session.ask("second?", [image], instead=True))
+    assert [past.question for past in session.rounds] == ["first?", "second?"]
+    assert [turn.text for turn in model.requests[-1].turns] == ["<image>\nfirst?", "a red apple", "second?"]
+
+
+def test_an_image_that_was_saved_and_loaded_is_the_same_image() -> None:
+    model, image = Scripted("a"), picture("red")
+    session = ChatSession(ModelShelf([model]))
+    session.load([Round("before?", (image,), [Answer("a", "yes", "done"), Answer("gone", "no", "done")])])
+    ask(session, "after?", image.copy())
+    assert [turn.text for turn in model.requests[0].turns] == ["<image>\nbefore?", "yes", "after?"]
+
+
+def test_speed_is_of_the_tokens_after_the_first() -> None:
+    assert Answer("a", "x", "done", first_token=1.0, seconds=3.0, tokens=5).rate == 2.0
+    assert Answer("a", "x", "done", first_token=1.0, seconds=3.0, tokens=1).rate is None
+    assert Answer("a", "x", "done", first_token=1.0, seconds=3.0).rate is None
+    assert "2 tokens/s" in demo_page.times(Answer("a", "x", "done", first_token=1.0, seconds=3.0, tokens=5))
 
 
 @pytest.mark.parametrize(("question", "said"), [("  ", "empty"), ("x" * 5000, "5000 characters"), ("what is <image>?", "<image>")])
@@ -168,7 +224,7 @@ def test_a_shelf_takes_one_to_four_models_and_tells_their_names_apart() -> None:
 
 def test_every_word_of_user_and_model_is_escaped() -> None:
     evil = "<img src=x onerror=alert(1)>"
-    drawn = demo_page.rounds_html([Round(evil, None, [Answer(evil, text=evil, state="done"), Answer("b", state="failed", error=evil)])])
+    drawn = demo_page.rounds_html([Round(evil, (), [Answer(evil, text=evil, state="done"), Answer("b", state="failed", error=evil)])])
     assert "<img" not in drawn
     assert drawn.count("&lt;img") == 4
     assert "<img" not in demo_page.notice_html(evil) + demo_page.head_html([evil], [{"origin": evil}])
@@ -185,124 +241,23 @@ def test_without_any_model_the_error_says_what_to_run(tmp_path: Path, monkeypatc
         demo.main([])
 
 
+def test_a_page_open_to_others_needs_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(demo.PASSWORD, raising=False)
+    with pytest.raises(ConfigError, match=demo.PASSWORD):
+        demo.main(["--model", "mini-chat", "--host", "0.0.0.0"])
+
+
+def test_a_models_card_shows_the_scores_beside_it(tmp_path: Path) -> None:
+    summary = {"benchmark": "mini_vqa", "n": 3, "metrics": {"vqa_accuracy": {"value": 43.91, "ci95": [41.2, 46.7], "n": 3}}}
+    folder = tmp_path / "eval/clip/mini_vqa"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "llava/clip").mkdir(parents=True)
+    assert demo.scores_of(str(tmp_path / "llava/clip")) == {"mini vqa": "43.9 % [41.2, 46.7]"}
+    assert demo.scores_of(str(tmp_path / "llava/uta")) == {}
+    assert "43.9 % [41.2, 46.7]" in demo_page.head_html(["clip"], [{"origin": "x"}], [{"mini vqa": "43.9 % [41.2, 46.7]"}])
+
+
 def test_five_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="up to four"):
         demo.main(["--model", "a,b,c,d,e"])
-
-
-# ---- the page in a browser ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[str]:
-    """The address of a page with three models."""
-    llm, tokenizer = tiny_llm(tie=False)
-    with torch.no_grad():
-        llm.get_input_embeddings().weight.mul_(10)  # spreads the logits: a random model repeats one token for ever otherwise
-    model, processor = build_llava(tiny_tower(), (llm, tokenizer))
-    chat = ChatModel(model.eval(), processor, ChatFormat(processor.tokenizer, "own"), "tiny")
-    slow = Scripted(
-        "slow", " ".join(f"word{number}" for number in range(6000)), 0.05
-    )  # it never comes to its end, however long a busy machine takes to press Stop
-    shelf = ModelShelf([chat, slow, Scripted("broken", error=RuntimeError("the tower's <b>width</b> does not fit"))])
-    blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in ("red", "green", "blue")])
-    yield demo.launch(blocks)
-    blocks.close()
-
-
-@pytest.fixture
-def watched(chromium: Any) -> Iterator[Any]:
-    """Opens pages whose every request must go to loopback, and whose console must stay clean."""
-    requests: list[str] = []
-    complaints: list[str] = []
-
-    def open_page(url: str, width: int, height: int) -> Any:
-        page = chromium.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(120_000)  # a busy two-core machine takes half a minute to draw the page the first time
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("websocket", lambda socket: requests.append(socket.url.replace("ws", "http", 1)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(url)
-        page.wait_for_selector("#mm-examples button.thumbnail-item")
-        return page
-
-    yield open_page
-    outside = [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
-    assert len(requests) > 5
-    assert outside == []
-    assert complaints == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width,height", [(1280, 860), (390, 844)], ids=["desktop", "phone"])
-def test_upload_ask_stream_stop_in_a_browser(served: str, watched: Any, width: int, height: int, tmp_path: Path) -> None:
-    upload = tmp_path / "upload.png"
-    picture("blue", (120, 80)).save(upload)
-    page = watched(served, width, height)
-    page.set_input_files("#mm-image input[type=file]", upload)
-    page.wait_for_selector("#mm-image img")
-    page.fill("#mm-question textarea", "what colour is it")
-    page.click("#mm-ask-button")
-
-    page.wait_for_selector(".mm-answer:nth-child(2).mm-writing >> text=word3")  # streamed: words are there while it writes
-    page.wait_for_selector(".mm-answer.mm-failed >> text=RuntimeError: the tower's <b>width</b> does not fit")
-    page.wait_for_selector(".mm-answer:nth-child(2) >> text=first token")
-    page.wait_for_selector(".mm-answer:nth-child(1).mm-done >> text=in all")
-    assert page.locator(".mm-ask img").count() == 1
-    page.click("#mm-stop-button")
-    page.wait_for_selector(".mm-answer:nth-child(2).mm-stopped >> text=word3")
-    assert "word5999" not in page.inner_text(".mm-answer:nth-child(2)")
-
-    page.wait_for_selector("#mm-ask-button:not([disabled])")
-    page.click("#mm-presets button >> nth=1")  # a preset asks at once
-    page.wait_for_selector(".mm-round:nth-child(2) .mm-answer.mm-writing")
-    page.click("#mm-stop-button")
-    page.wait_for_selector("#mm-ask-button:not([disabled])")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
-    page.click("#mm-clear")
-    page.wait_for_selector(".mm-empty")
-    page.close()
-
-
-@pytest.mark.slow
-def test_examples_bad_files_and_empty_questions_in_a_browser(served: str, watched: Any, tmp_path: Path) -> None:
-    broken = tmp_path / "notes.jpg"
-    broken.write_text("this is no picture")
-    page = watched(served, 1000, 800)
-    page.click("#mm-ask-button")
-    page.wait_for_selector(".mm-notice >> text=the question is empty")
-
-    page.set_input_files("#mm-image input[type=file]", broken)
-    page.wait_for_selector("#mm-image img", state="attached")
-    page.fill("#mm-question textarea", "what is it")
-    page.click("#mm-ask-button")
-    page.wait_for_selector(".mm-notice >> text=notes.jpg")
-    assert page.locator(".mm-answer").count() == 0
-
-    page.click("#mm-examples button.thumbnail-item >> nth=1")
-    page.wait_for_function("document.querySelector('#mm-image img') && document.querySelector('#mm-image img').naturalWidth > 0")
-    page.fill("#mm-question textarea", "what is it")
-    page.click("#mm-ask-button")
-    page.wait_for_selector(".mm-answer:nth-child(1).mm-done")
-    assert page.locator(".mm-notice").count() == 0
-    page.click("#mm-stop-button")
-    page.wait_for_selector("#mm-ask-button:not([disabled])")
-    page.close()
-
-
-@pytest.mark.slow
-def test_two_people_do_not_see_each_other(served: str, watched: Any) -> None:
-    first, second = watched(served, 900, 700), watched(served, 900, 700)
-    first.fill("#mm-question textarea", "the first one's question")
-    first.click("#mm-ask-button")
-    first.wait_for_selector(".mm-ask >> text=the first one's question")
-    second.fill("#mm-question textarea", "the second one's question")
-    second.click("#mm-ask-button")
-    second.wait_for_selector(".mm-ask >> text=the second one's question")
-    assert "first one" not in second.inner_text("#mm-conversation")
-    assert "second one" not in first.inner_text("#mm-conversation")
-    for page in (first, second):
-        page.click("#mm-stop-button")
-        page.wait_for_selector("#mm-ask-button:not([disabled])")
-        page.close()
