@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mmkit import report_charts, report_compare
+from mmkit import agreement, report_charts, report_compare
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry
 from mmkit.errors import ConfigError
@@ -144,6 +144,7 @@ def build(data: RunData, title: str = "") -> tuple[dict[str, Any], dict[str, str
         "remarks": data.remarks,
         "results": report_compare.results(data),
         "comparisons": report_compare.comparisons(data),
+        "agreements": agreement.agreements(data),
         "controls": report_compare.controls(data),
         "kinds": report_compare.kinds(data),
         "curves": report_charts.curves(data),

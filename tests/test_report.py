@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmkit import report, report_charts, stats
+from mmkit.agreement import cohens_kappa
 from mmkit.errors import ConfigError, DataError
 from mmkit.report_data import command_line, read_runs
 
@@ -231,6 +232,30 @@ def test_kinds_carry_control_and_baseline(made: tuple[dict[str, Any], str, str])
         assert row["baseline"]["n"] == row["n"] == row["cells"]["clip"]["n"] == row["cells"]["uta"]["control"]["n"]
 
 
+def test_agreement_counts_questions_on_which_both_are_right_or_both_wrong(run: Path, made: tuple[dict[str, Any], str, str]) -> None:
+    right = {}
+    for encoder in ("clip", "uta"):
+        rows = [json.loads(line) for line in (run / f"eval/{encoder}/mini_vqa/scores.jsonl").read_text().splitlines()]
+        right[encoder] = np.array([row["score"] >= 0.5 for row in sorted(rows, key=lambda row: row["question_id"])])
+    table = next(table for table in made[0]["agreements"] if table["benchmark"] == "mini_vqa")
+    assert [table["benchmark"].endswith("shuffled") for table in made[0]["agreements"]] == [False] * len(made[0]["agreements"])
+    place = {name: number for number, name in enumerate(table["encoders"])}
+    cell = table["rows"][place["clip"]]["cells"][place["uta"]]
+    assert cell["agree"] == pytest.approx((right["clip"] == right["uta"]).mean())
+    assert table["rows"][place["clip"]]["cells"][place["clip"]]["right"] == pytest.approx(right["clip"].mean())
+    assert f"{100 * cell['agree']:.1f} %" in made[1]
+    assert f"{100 * cell['agree']:.1f} %" in made[2]
+
+
+def test_kappa_is_nought_by_chance_and_one_where_all_agree() -> None:
+    assert cohens_kappa([True, True, False, False], [True, False, True, False]) == 0
+    assert cohens_kappa([True, False, True], [True, False, True]) == 1
+    assert cohens_kappa([True, True], [True, True]) is None
+    assert cohens_kappa([True] * 45 + [False] * 15 + [True] * 25 + [False] * 15, [True] * 60 + [False] * 40) == pytest.approx(
+        0.1304, abs=1e-4
+    )
+
+
 def test_examples_show_disagreement_first_with_every_models_words(made: tuple[dict[str, Any], str, str]) -> None:
     content, _, page = made
     rows = content["examples"]
@@ -315,6 +340,15 @@ def test_a_browser_shows_all_of_it_and_asks_for_nothing(
     for row in made[0]["results"]:
         for value in (row["metrics"][name]["value"] for name in ("vqa_accuracy", "top1") if name in row["metrics"]):
             assert f"{value:.1f}" in text
+    every = page.locator("#examples figure:visible").count()
+    kind = page.eval_on_selector("#kind-filter", "choice => choice.options[1].value")
+    page.select_option("#kind-filter", kind)
+    shown = page.locator("#examples figure:visible")
+    assert 0 < shown.count() < every
+    assert {shown.nth(number).get_attribute("data-kind") for number in range(shown.count())} == {kind}
+    assert page.inner_text("#filter-count") == f"{shown.count()} of {every} shown"
+    page.select_option("#kind-filter", "")
+    assert page.locator("#examples figure:visible").count() == every
     ground, ink = page.evaluate("(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))")
     brightness = [sum(int(part) for part in re.findall(r"\d+", colour)[:3]) for colour in (ground, ink)]
     assert (brightness[0] > brightness[1]) == (scheme == "light")

@@ -14,3 +14,16 @@ for (const table of document.querySelectorAll("table.sort")) {
     table.tBodies[0].append(...rows);
   }));
 }
+
+// Examples are filtered by the kind of their question, and by whether the encoders agree.
+const filters = {kind: document.querySelector("#kind-filter"), agree: document.querySelector("#agree-filter")};
+const examples = [...document.querySelectorAll("#examples figure")];
+const filterExamples = () => {
+  for (const figure of examples) {
+    figure.hidden = Object.entries(filters).some(([name, choice]) => choice?.value && choice.value !== figure.dataset[name]);
+  }
+  const shown = examples.filter((figure) => !figure.hidden).length;
+  document.querySelector("#filter-count").textContent = `${shown} of ${examples.length} shown`;
+};
+for (const choice of Object.values(filters)) choice?.addEventListener("change", filterExamples);
+if (examples.length) filterExamples();
