@@ -73,6 +73,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command(
         "llm_stage.score:main", "score answers that any other model made: mmkit score gqa --answers A.jsonl --questions Q --out DIR"
     ),
+    "lmms-task": Command(
+        "llm_stage.lmms_task:main", "a benchmark as a task of lmms-eval, whose --model mmkit answers through the same path"
+    ),
     "eval qformer-retrieval": Command("llm_stage.eval_retrieval:main", "retrieval with a Q-Former: by contrast, and re-ranked by matching"),
     "eval llava-bench": Command(
         "llm_stage.eval_llava_bench:main", "long answers scored by a judge at any OpenAI-compatible endpoint; or recorded reviews"

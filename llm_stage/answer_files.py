@@ -1,8 +1,8 @@
 """Reading answers that any other model or harness wrote, and joining them to a benchmark's questions by id.
 
 One JSON object a line with `question_id` and `answer` (LLaVA's `text`, and uploads' `prediction` and `caption`, are understood), a JSON list
-of such objects, or MME's folder of result files. An id may be the benchmark's own, or the pair by which LLaVA's files know a question:
-(picture, question in the prompt) of TextVQA and MME, (category, number) of POPE.
+of such objects, lmms-eval's logged samples, or MME's folder of result files. An id may be the benchmark's own, or the pair by which LLaVA's
+files know a question: (picture, question in the prompt) of TextVQA and MME, (category, number) of POPE.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def read_answers(path: Path, items: Sequence[VqaItem], not_asked: Collection[Any
         DataError: The file is no list of answers, an id comes twice, or answers are to questions that the benchmark does not ask.
     """
     rows, notes = _rows(path)
+    rows = [(where, _of_lmms(row, items, where) if "filtered_resps" in row else row) for where, row in rows]
     index = _index(items)
     passed_over = {str(name) for name in not_asked}
     joined: dict[Any, dict[str, Any]] = {}
@@ -155,6 +156,34 @@ def _mme_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise DataError(f"--answers {folder} is a folder without result files of MME (count.txt, color.txt, ...)")
     return rows
+
+
+def _of_lmms(row: Mapping[str, Any], items: Sequence[VqaItem], where: str) -> dict[str, Any]:
+    """A sample that lmms-eval logged, as a row of ours.
+
+    Many tasks log the question's own id beside a score. Others log only its place in the data set; it is taken for the place in the
+    benchmark's file where the right answer there is the same.
+
+    Raises:
+        DataError: The place has another right answer: the task holds other questions, or holds them in another order.
+    """
+    answer = row["filtered_resps"]
+    while isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    named = next((value["question_id"] for value in row.values() if isinstance(value, dict) and "question_id" in value), None)
+    if named is not None:
+        return {"question_id": named, "answer": answer}
+    place, target = row.get("doc_id"), str(row.get("target", ""))
+    item = items[place] if isinstance(place, int) and 0 <= place < len(items) else None
+    if item is None or (
+        target and item.answers and not any(target in (own, str([*item.answers])) for own in (*item.answers, item.reference))
+    ):
+        wanted = f", where the benchmark's file has {item.reference!r}" if item else f", and the benchmark has {len(items)} questions"
+        raise DataError(
+            f"{where} is document {place} of lmms-eval with the right answer {target[:60]!r}{wanted}: its samples name no question, and are not"
+            " in the order of the benchmark's file"
+        )
+    return {"question_id": item.question_id, "answer": answer}
 
 
 def _identity(row: Mapping[str, Any], where: str) -> str:
