@@ -43,7 +43,7 @@ from mmkit.stats import bootstrap_ratio
 
 INVALID_ABOVE = 0.05  # share of questions without a verdict
 CATEGORIES = ("conv", "detail", "complex")
-OWN = ("reviews.jsonl", "judge_cache.jsonl")
+OWN = ("reviews.jsonl", "judge_cache.jsonl", "scores.jsonl")
 
 
 @dataclass
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             print(f"self-test of {judge_of.model}: {test['accuracy']} % right, {test['ties']} % ties, {test['consistent']} % consistent")
         reviews = review_all(config, judge, cases, said, folder.path)
         summary = summarise(reviews, questions, config, name, judge_of.model, test, judge)
+    write_scores(folder.path, reviews, questions, config)
     folder.finish({**summary, "seconds": round(time.monotonic() - began, 1)})
     print(as_text(summary))
     return folder.path
@@ -288,6 +289,7 @@ def replay(config: LlavaBenchConfig, folder: EvaluationFolder, questions: Mappin
         found = {"question_id": row["question_id"], "swapped": bool(row.get("swapped")), "scores": list(scores) if scores else None}
         reviews.setdefault(row["question_id"], []).append(found)
     summary = summarise(reviews, questions, config, config.candidate or Path(config.replay).stem, "recorded", None, None)
+    write_scores(folder.path, reviews, questions, config)
     folder.finish(summary)
     print(as_text(summary))
     return folder.path
@@ -352,6 +354,18 @@ def summarise(
         "self_test": dict(test) if test is not None else None, "warnings": warnings,
         "usage": None if judge is None else usage(judge, config),
     }  # fmt: skip
+
+
+def write_scores(
+    out: Path, reviews: Mapping[Any, Sequence[Mapping[str, Any]]], questions: Mapping[Any, Mapping[str, Any]], config: LlavaBenchConfig
+) -> None:
+    """Write scores.jsonl, a line for each judged question: both scores, the mean over the orders, for `mmkit compare`."""
+    lines = []
+    for key, row in questions.items():
+        if (scores := verdict(reviews.get(key, ()), 2 if config.both_orders else 1)) is not None:
+            line = {"question_id": key, "kind": row.get("category", ""), "image": str(row.get("image", key))}
+            lines.append(json.dumps({**line, "reference_score": scores[0], "candidate_score": scores[1]}, ensure_ascii=False))
+    atomic_write(out / "scores.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def usage(judge: Judge, config: LlavaBenchConfig) -> dict[str, Any]:

@@ -5,16 +5,17 @@
     mmkit compare runs/a0/eval/x,runs/a1/eval/x runs/b0/eval/x,runs/b1/eval/x    several seeds of each
     mmkit compare runs/a/eval/x/vqav2 runs/b/eval/x/vqav2 --out compare.json
 
-One seed: the paired bootstrap, resampled by picture, and McNemar's test. Several: the scores of a question are averaged over the seeds of a
-side; the interval holds both what other pictures and what other seeds would change (Student's t for the seeds; the two are added as
-variances). p-values are adjusted over the benchmarks, and inside a benchmark over its kinds (Holm).
+One seed: the paired bootstrap, resampled by picture, and McNemar's test. LLaVA-Bench's ratio of sums and POPE's F1 are computed anew in every
+resample; CIDEr is compared image by image, with the weights of its references held. Several seeds: the scores of a question are averaged over
+the seeds of a side; the interval holds both what other pictures and what other seeds would change (Student's t for the seeds; the two are added
+as variances). p-values are adjusted over the benchmarks, and inside a benchmark over its kinds (Holm).
 """
 
 import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry
 from mmkit.errors import ConfigError, DataError
 from mmkit.report_compare import LEVEL, RIGHT, p_text
-from mmkit.report_data import CONTROL_SUFFIXES, Evaluation, read_runs
+from mmkit.report_data import CONTROL_SUFFIXES, Evaluation, Ratio, RunData, read_runs
 
 
 @dataclass
@@ -37,11 +38,12 @@ class Side:
 
     name: str
     seeds: list[dict[str, Evaluation]] = field(default_factory=list)
+    ratios: list[dict[str, Ratio]] = field(default_factory=list)
 
     @property
     def benchmarks(self) -> list[str]:
         """Those that every seed has, controls left out."""
-        shared = set.intersection(*(set(seed) for seed in self.seeds))
+        shared = set.intersection(*(set(seed) | set(ratio) for seed, ratio in zip(self.seeds, self.ratios, strict=True)))
         return sorted(name for name in shared if not name.endswith(CONTROL_SUFFIXES))
 
 
@@ -80,7 +82,8 @@ def read_sides(words: Sequence[str]) -> list[Side]:
     """
     if len(words) == 1 and "," not in words[0]:
         data = read_runs([Path(words[0])])
-        sides = [Side(name, [{e.benchmark: e for e in data.evaluations if e.encoder == name}]) for name in data.encoders]
+        names = list(dict.fromkeys([*data.encoders, *(ratio.encoder for ratio in data.ratios)]))
+        sides = [Side(name, [{e.benchmark: e for e in data.evaluations if e.encoder == name}], [_ratios(data, name)]) for name in names]
         if len(sides) < 2:
             raise ConfigError(
                 f"{words[0]} holds the evaluations of {len(sides)} encoder(s); a comparison takes two: name another folder too"
@@ -88,14 +91,16 @@ def read_sides(words: Sequence[str]) -> list[Side]:
         return sides
     sides = []
     for word in words:
-        seeds = []
+        seeds, ratios = [], []
         for folder in word.split(","):
             data = read_runs([Path(folder)])
-            if len(data.encoders) != 1:
-                held = ", ".join(data.encoders) or "no evaluation"
+            names = list(dict.fromkeys([*data.encoders, *(ratio.encoder for ratio in data.ratios)]))
+            if len(names) != 1:
+                held = ", ".join(names) or "no evaluation"
                 raise DataError(f"{folder} holds {held}; beside others a folder of one encoder is compared, such as {folder}/eval/NAME")
             seeds.append({evaluation.benchmark: evaluation for evaluation in data.evaluations})
-        sides.append(Side(_name(word), seeds))
+            ratios.append(_ratios(data, names[0]))
+        sides.append(Side(_name(word), seeds, ratios))
     if len({len(side.seeds) == 1 for side in sides}) == 2:
         raise DataError(
             "one side has several seeds and another a single run, of which nobody knows how far another seed would be: give seeds to both"
@@ -104,6 +109,10 @@ def read_sides(words: Sequence[str]) -> list[Side]:
         for side, word in zip(sides, words, strict=True):
             side.name = word.split(",")[0]
     return sides
+
+
+def _ratios(data: RunData, name: str) -> dict[str, Ratio]:
+    return {ratio.benchmark: ratio for ratio in data.ratios if ratio.encoder == name}
 
 
 def _name(word: str) -> str:
@@ -126,6 +135,8 @@ def compare(first: Side, second: Side) -> list[dict[str, Any]]:
 
 def compare_on(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]]:
     """Compare two sides on one benchmark."""
+    if benchmark in first.ratios[0]:
+        return compare_ratios(benchmark, first, second)
     found = [[seed[benchmark] for seed in side.seeds] for side in (first, second)]
     if len({evaluation.main for side in found for evaluation in side}) > 1:
         raise DataError(f"{benchmark} is scored by different metrics: {sorted({e.main for side in found for e in side})}")
@@ -142,7 +153,105 @@ def compare_on(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]
         chosen = [index for index, own in enumerate(kinds) if kind in ("", own)]
         row = difference(x[:, chosen], y[:, chosen], [clusters[index] for index in chosen])
         rows.append({"benchmark": benchmark, "kind": kind, "first": first.name, "second": second.name, "left_out": left_out, **row})
+    f1 = (
+        f1_difference(x, y, [every[0][name].reference.strip().lower() for name in names], clusters)
+        if benchmark.startswith("pope")
+        else None
+    )
+    if f1 is not None:
+        rows.append({"benchmark": benchmark, "kind": "F1", "first": first.name, "second": second.name, "left_out": left_out, **f1})
+    if found[0][0].main.startswith("cider"):
+        for row in rows:
+            row |= {"p": _normal_p(row), "p_is": "normal"}
+            row.pop("only_first", None), row.pop("only_second", None)
     return rows
+
+
+def compare_ratios(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]]:
+    """Compare ratios of sums, 100 x candidate / reference, on the questions that were judged for all; in all and by kind."""
+    found = [[ratios[benchmark].rows for ratios in side.ratios] for side in (first, second)]
+    every = [rows for side in found for rows in side]
+    names = [name for name in every[0] if all(name in rows for rows in every[1:])]
+    if not names:
+        raise DataError(f"{first.name} and {second.name} share no judged question of {benchmark}")
+    x, y = (np.array([[rows[name][:2] for name in names] for rows in side]) for side in found)  # [seeds, questions, 2]
+    kinds, clusters = [every[0][name][2] for name in names], [every[0][name][3] for name in names]
+    left_out = len(set().union(*every)) - len(names)
+    rows = []
+    for kind in ["", *(sorted(set(kinds)) if len(set(kinds)) > 1 else [])]:
+        chosen = [index for index, own in enumerate(kinds) if kind in ("", own)]
+        row = statistic_difference(x[:, chosen], y[:, chosen], _ratio, [clusters[index] for index in chosen])
+        rows.append({"benchmark": benchmark, "kind": kind, "first": first.name, "second": second.name, "left_out": left_out, **row})
+    return rows
+
+
+def f1_difference(x: np.ndarray, y: np.ndarray, references: Sequence[str], clusters: Sequence[str]) -> dict[str, Any] | None:
+    """Compare F1 of "yes" over all questions; None where the right answers are no yes and no.
+
+    Args:
+        x, y: Right or wrong [seeds, questions].
+        references: The right answers.
+        clusters: The picture of each question.
+    """
+    if set(references) != {"yes", "no"}:
+        return None
+    yes = np.array([reference == "yes" for reference in references])
+    # true positives and errors: an error is a false positive where the right answer is no, else a false negative
+    one, other = (np.stack([(side >= RIGHT) & yes, side < RIGHT], axis=-1).astype(float) for side in (x, y))
+    return statistic_difference(one, other, _f1, clusters)
+
+
+def _ratio(totals: np.ndarray) -> np.ndarray:
+    return 100 * totals[..., 1] / totals[..., 0]
+
+
+def _f1(totals: np.ndarray) -> np.ndarray:
+    return 200 * totals[..., 0] / np.maximum(2 * totals[..., 0] + totals[..., 1], 1e-12)
+
+
+def statistic_difference(
+    x: np.ndarray, y: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str]
+) -> dict[str, Any]:
+    """Compare a statistic of sums on the same questions; it is computed anew in every resample.
+
+    Args:
+        x, y: What is summed [seeds, questions, S]; over seeds the sums are averaged.
+        statistic: Totals [..., S] -> percent [...].
+        clusters: The picture of each question.
+
+    Returns:
+        As `difference`; p from the bootstrap's spread.
+    """
+    width = x.shape[-1]
+    columns = np.concatenate([x.mean(axis=0), y.mean(axis=0)], axis=1)  # [questions, 2 S]
+    drawn = stats.bootstrap(columns, lambda totals: statistic(totals[:, :width]) - statistic(totals[:, width:]), clusters)
+    low, high = (float(end) for end in np.percentile(drawn, [2.5, 97.5]))
+    totals = columns.sum(axis=0)
+    means = [float(statistic(totals[:width])), float(statistic(totals[width:]))]
+    row: dict[str, Any] = {"n": len(columns), "means": means, "seeds": [len(x), len(y)], "difference": means[0] - means[1]}
+    row |= over_seeds(row["difference"], low, high, [statistic(side.sum(axis=1)) for side in (x, y)])
+    return {**row, "p": _normal_p(row), "p_is": "normal", "visible": 2.8 * (row["ci95"][1] - row["ci95"][0]) / (2 * stats.Z95)}
+
+
+def over_seeds(value: float, low: float, high: float, by_seed: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The interval that holds what other questions and what other seeds would change, and each side's deviation over its seeds.
+
+    Args:
+        value, low, high: The difference with its interval over questions.
+        by_seed: Each side's figure in every seed.
+    """
+    if all(len(side) == 1 for side in by_seed):
+        return {"ci95": [low, high]}
+    variance = sum(float(side.var(ddof=1)) / len(side) for side in by_seed if len(side) > 1)
+    t = stats.student_t95(max(1, min(len(side) for side in by_seed if len(side) > 1) - 1))
+    half = math.sqrt((t * math.sqrt(variance)) ** 2 + ((high - low) / 2) ** 2)
+    return {"ci95": [value - half, value + half], "sd": [float(side.std(ddof=1)) if len(side) > 1 else None for side in by_seed]}
+
+
+def _normal_p(row: Mapping[str, Any]) -> float:
+    """Two-sided p of a difference whose interval is known, taken as normal."""
+    half = (row["ci95"][1] - row["ci95"][0]) / 2
+    return 1.0 if row["difference"] == 0 else math.erfc(stats.Z95 * abs(row["difference"]) / half / math.sqrt(2)) if half else 0.0
 
 
 def difference(x: np.ndarray, y: np.ndarray, clusters: Sequence[str]) -> dict[str, Any]:
@@ -165,15 +274,10 @@ def difference(x: np.ndarray, y: np.ndarray, clusters: Sequence[str]) -> dict[st
         row |= {"difference": paired.value, "ci95": [paired.low, paired.high], "p": test.exact_p, "p_is": "McNemar"}
         row |= {"only_first": test.only_first, "only_second": test.only_second}
     else:
-        by_seed = [100 * side.mean(axis=1) for side in (x, y)]
-        row["sd"] = [float(side.std(ddof=1)) if len(side) > 1 else None for side in by_seed]
-        variance = sum(float(side.var(ddof=1)) / len(side) for side in by_seed if len(side) > 1)
-        t = stats.student_t95(max(1, min(len(side) for side in by_seed if len(side) > 1) - 1))
-        half = math.sqrt((t * math.sqrt(variance)) ** 2 + ((paired.high - paired.low) / 2) ** 2)
-        row |= {"difference": paired.value, "ci95": [paired.value - half, paired.value + half]}
-        z = 0.0 if paired.value == 0 else stats.Z95 * abs(paired.value) / half if half else math.inf
-        row |= {"p": math.erfc(z / math.sqrt(2)), "p_is": "normal, questions and seeds"}
-        error = half / stats.Z95
+        row["difference"] = paired.value
+        row |= over_seeds(paired.value, paired.low, paired.high, [100 * side.mean(axis=1) for side in (x, y)])
+        row |= {"p": _normal_p(row), "p_is": "normal, questions and seeds"}
+        error = (row["ci95"][1] - row["ci95"][0]) / (2 * stats.Z95)
     row["visible"] = 2.8 * error
     return row
 

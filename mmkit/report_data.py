@@ -69,6 +69,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """One encoder on a benchmark whose score is a ratio of sums (LLaVA-Bench): by question its reference's and its own score, kind and picture."""
+
+    encoder: str
+    benchmark: str
+    rows: dict[str, tuple[float, float, str, str]]
+
+
+@dataclass(frozen=True)
 class Training:
     """A `metrics.jsonl`: its columns by name, each a list of (step, value)."""
 
@@ -82,6 +91,7 @@ class RunData:
 
     roots: list[Path]
     evaluations: list[Evaluation] = field(default_factory=list)
+    ratios: list[Ratio] = field(default_factory=list)
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     trainings: list[Training] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
@@ -138,13 +148,13 @@ def read_runs(roots: Sequence[Path]) -> RunData:
                 _add_remarks(data, path)
             elif path.name == "maps.json":
                 _add_maps(data, path, f"{prefix}{path.parent.relative_to(root).as_posix()}")
-    if not data.evaluations and not data.trainings and not data.maps:
+    if not data.evaluations and not data.ratios and not data.trainings and not data.maps:
         places = ", ".join(str(root) for root in roots)
         raise DataError(
             f"nothing to report in {places}: no summary.json of an evaluation, no metrics.jsonl of a training and no maps.json of an "
             "inspection below it"
         )
-    if several and len({e.encoder.split("/", 1)[1] for e in data.evaluations}) == len(data.encoders):
+    if several and data.evaluations and len({e.encoder.split("/", 1)[1] for e in data.evaluations}) == len(data.encoders):
         _shorten(data)
     return data
 
@@ -186,18 +196,31 @@ def _add_evaluation(data: RunData, path: Path, root: Path, prefix: str) -> None:
             raise DataError(f"{path}: metric '{name}' is {value!r}; a value with its interval is wanted: value, ci95 [low, high], n")
     if not summary["metrics"]:
         raise DataError(f"{path} has no metrics")
+    encoder = prefix + (path.parent.parent.name if path.parent != root else str(summary.get("model") or root.name))
+    benchmark = str(summary["benchmark"])
     if summary.get("unit", "percent") != "percent":  # the tables and plots are of shares
+        _add_ratio(data, path.parent, encoder, benchmark)
         values = ", ".join(f"{name} {value['value']:g} {value['ci95']}" for name, value in summary["metrics"].items())
         data.notes.append(f"{prefix}{path.parent.relative_to(root).as_posix()}: {values} ({summary['unit']}, no share; not in the tables)")
         return
-    encoder = path.parent.parent.name if path.parent != root else str(summary.get("model") or root.name)
-    encoder, benchmark = prefix + encoder, str(summary["benchmark"])
     before = data.find(encoder, benchmark)
     if before is not None:
         raise DataError(f"{before.folder} and {path.parent} both hold {benchmark} of {encoder}: report one of them, or rename a folder")
     data.evaluations.append(Evaluation(encoder, benchmark, path.parent, summary, read_items(path.parent, summary)))
     if isinstance(summary.get("encoder"), dict):
         data.cards[encoder] = {**summary["encoder"], **data.cards.get(encoder, {})}
+
+
+def _add_ratio(data: RunData, folder: Path, encoder: str, benchmark: str) -> None:
+    """Read the scores of a benchmark whose figure is a ratio of sums, where they are."""
+    if (folder / "scores.jsonl").is_file():
+        rows = {
+            _identity(row, number): (float(row["reference_score"]), float(row["candidate_score"]), str(row["kind"]), str(row["image"]))
+            for number, row in enumerate(read_jsonl(folder / "scores.jsonl"))
+            if "reference_score" in row
+        }
+        if rows:
+            data.ratios.append(Ratio(encoder, benchmark, rows))
 
 
 def read_items(folder: Path, summary: Mapping[str, Any]) -> dict[str, Item]:

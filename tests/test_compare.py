@@ -123,3 +123,78 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
         compare.main([f"{tmp_path / 'one'},{tmp_path / 'one'}", str(tmp_path / "one")])
     with pytest.raises(DataError, match="no run folder"):
         compare.main([str(tmp_path / "one"), str(tmp_path / "five")])
+
+
+# ---- figures that are no means of questions ----------------------------------------------------------------------------------------------
+
+
+def write_ratios(folder: Path, reference: Sequence[float], candidate: Sequence[float]) -> Path:
+    """LLaVA-Bench's folder: scores of both on every question, three questions to a picture."""
+    folder.mkdir(parents=True)
+    rows = [
+        {"question_id": n, "kind": ("conv", "detail")[n % 2], "image": f"{n // 3}.png", "reference_score": r, "candidate_score": c}
+        for n, (r, c) in enumerate(zip(reference, candidate, strict=True))
+    ]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metric = {"value": 100 * sum(candidate) / sum(reference), "ci95": [0, 200], "n": len(rows)}
+    summary = {"benchmark": "llava_bench_coco", "n": len(rows), "unit": "100 x mean(candidate) / mean(reference)"}
+    (folder / "summary.json").write_text(json.dumps({**summary, "metrics": {"relative": metric}}))
+    return folder
+
+
+def test_ratios_of_sums_are_compared_on_the_same_questions(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    reference = generator.integers(6, 11, 60).astype(float)
+    weak, strong = generator.integers(2, 6, 60).astype(float), generator.integers(5, 10, 60).astype(float)
+    write_ratios(tmp_path / "a/m/llava_bench_coco", reference, strong)
+    write_ratios(tmp_path / "b/m/llava_bench_coco", reference, weak)
+    rows = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out.json")]).read_text())
+    assert [row["kind"] for row in rows] == ["", "conv", "detail"]
+    assert rows[0]["means"] == pytest.approx([100 * strong.sum() / reference.sum(), 100 * weak.sum() / reference.sum()])
+    assert rows[0]["difference"] == pytest.approx(rows[0]["means"][0] - rows[0]["means"][1])
+    assert rows[0]["stands"]
+    assert "better than" in rows[0]["sentence"]
+    write_ratios(tmp_path / "c/m/llava_bench_coco", reference, strong)
+    (same, *_) = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "c"), "--out", str(tmp_path / "out.json")]).read_text())
+    assert (same["difference"], same["ci95"], same["p"], same["stands"]) == (0.0, [0.0, 0.0], 1.0, False)
+
+
+def test_intervals_of_ratios_cover_nineteen_of_twenty_made_up_truths() -> None:
+    """500 pairs on 90 questions, judged 1 to 10, with a shared difficulty; at least 93 % of the intervals must cover the true difference."""
+    generator = np.random.default_rng(5)
+    clusters, covered = [str(n // 3) for n in range(90)], 0
+    for _ in range(500):
+        level, gain = generator.uniform(4, 6), generator.uniform(-1, 1.5)
+        hard = np.repeat(generator.normal(0, 1, 30), 3)
+        one = np.stack([8 + 0.5 * hard + generator.normal(0, 0.7, 90), level + hard + generator.normal(0, 1, 90)], axis=1)
+        two = np.stack([8 + 0.5 * hard + generator.normal(0, 0.7, 90), level + gain + hard + generator.normal(0, 1, 90)], axis=1)
+        row = compare.statistic_difference(two[None], one[None], compare._ratio, clusters)
+        covered += row["ci95"][0] <= 100 * gain / 8 <= row["ci95"][1]
+    assert covered >= 465
+
+
+def test_f1_is_compared_beside_the_accuracy_of_yes_and_no(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    yes = generator.random(200) < 0.5
+    for name, says_yes in (("a", generator.random(200) < np.where(yes, 0.9, 0.1)), ("b", generator.random(200) < np.where(yes, 0.6, 0.5))):
+        folder = write(
+            tmp_path / name / "m/pope", {str(n): float(says_yes[n] == yes[n]) for n in range(200)}, benchmark="pope", metric="accuracy"
+        )
+        rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**row, "reference": "yes" if yes[int(row["question_id"])] else "no"}) for row in rows]
+        (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    rows = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out.json")]).read_text())
+    f1 = next(row for row in rows if row["kind"] == "F1")
+    hit, wrong = (says_yes & yes).sum(), (says_yes != yes).sum()  # of b, the last
+    assert f1["means"][1] == pytest.approx(200 * hit / (2 * hit + wrong))
+    assert f1["stands"]
+
+
+def test_cider_is_compared_image_by_image(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    one, luck = generator.random(80) * 1.5, generator.normal(0, 0.05, 80)
+    for name, scores in (("a", one + 0.2 + luck), ("b", one)):
+        write(tmp_path / name / "m/coco", {str(n): float(s) for n, s in enumerate(scores)}, benchmark="coco", metric="cider_ptb_python")
+    (row,) = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out.json")]).read_text())
+    assert row["difference"] == pytest.approx(100 * (0.2 + luck.mean()))
+    assert (row["p_is"], row["stands"]) == ("normal", True)
