@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -200,6 +201,30 @@ def test_one_bad_request_fails_alone() -> None:
         assert codes == [200, 400, 200, 200, 400, 200]
     finally:
         running.stop()
+
+
+def test_a_model_out_of_memory_says_so_and_goes_on() -> None:
+    class Hungry(Echo):
+        def generate(self, requests: Any, *args: Any) -> list[str]:
+            if any("huge" in request.turns[-1].text for request in requests):
+                raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+            return super().generate(requests, *args)
+
+    server = Running({"echo": Hungry(0.02)})
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            asked = ["huge" if number == 3 else f"small {number}" for number in range(8)]
+            answers = list(pool.map(lambda text: httpx.post(f"{server.url}/v1/chat/completions", json=plain(text), timeout=30), asked))
+        assert [answer.status_code for answer in answers] == [500 if number == 3 else 200 for number in range(8)]
+        assert "out of memory" in answers[3].json()["error"]["message"]
+        assert answers[4].json()["choices"][0]["message"]["content"] == "small 4 with 0"
+    finally:
+        server.stop()
+
+
+def plain(text: str) -> dict[str, Any]:
+    """A request of words alone."""
+    return {"model": "echo", "messages": [{"role": "user", "content": text}]}
 
 
 def test_an_end_lets_accepted_requests_finish() -> None:
