@@ -33,11 +33,13 @@ from apps.votes import Votes
 from encoders.catalog import load_encoder
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError
+from mmkit.images import open_image
 
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 16  # questions waiting in the queue; the next one is told that the demo is busy
 QUICKSTART = Path("runs/quickstart/llava")
 RUNS, VOTES = "runs", "runs/votes.sqlite"
+PHOTOGRAPHS = ("cheetah1.jpg", "lion.jpg", "tower.jpg")
 PASSWORD, USER = "MMKIT_DEMO_PASSWORD", "mmkit"
 
 
@@ -55,7 +57,9 @@ class DemoConfig:
         default="127.0.0.1", metadata={"help": f"address to listen on; one that is no loopback takes a password in {PASSWORD}"}
     )
     port: int = field(default=7860, metadata={"help": "port; 0 takes a free one"})
-    examples: int = field(default=12, metadata={"help": "example images drawn from the embedded world; 0: none"})
+    examples: int = field(
+        default=12, metadata={"help": "example images drawn from the embedded world, and a few photographs beside them; 0: none"}
+    )
     open_browser: bool = field(default=False, metadata={"help": "open the page in the default browser"})
     encoder: list[str] = field(
         default_factory=list,
@@ -228,6 +232,12 @@ def example_images(count: int, seed: int = 7) -> list[Image.Image]:
     return images
 
 
+def photographs() -> list[Image.Image]:
+    """The photographs that gradio brings for its own examples, where this version has them."""
+    folder = Path(gr.__file__).parent / "media_assets" / "images"
+    return [open_image(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()]
+
+
 def scores_of(folder: str) -> dict[str, str]:
     """What the evaluations beside a model say of its encoder: benchmark -> score. A run keeps them in eval/ENCODER, next to llava/ENCODER."""
     from mmkit.report_data import read_runs
@@ -265,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     shelf = load_models(folders)
     extra = [(name, load_encoder(name).eval()) for name in config.encoder]
     scores = [scores_of(folder) for folder in folders]
-    page = build_page(shelf, example_images(config.examples), votes=config.votes, encoders=extra, runs=config.runs, scores=scores)
+    examples = [*example_images(config.examples), *photographs()] if config.examples else []
+    page = build_page(shelf, examples, votes=config.votes, encoders=extra, runs=config.runs, scores=scores)
     launch(page, config.host, config.port, open_browser=config.open_browser, block=True)
     return Path(folders[0])
 

@@ -258,6 +258,12 @@ def test_a_models_card_shows_the_scores_beside_it(tmp_path: Path) -> None:
     assert "43.9 % [41.2, 46.7]" in demo_page.head_html(["clip"], [{"origin": "x"}], [{"mini vqa": "43.9 % [41.2, 46.7]"}])
 
 
+def test_photographs_are_examples_where_the_installed_packages_bring_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(min(image.size) >= 100 for image in demo.photographs())
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", ("none_of_this_name.jpg",))
+    assert demo.photographs() == []
+
+
 def test_five_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="up to four"):
         demo.main(["--model", "a,b,c,d,e"])
