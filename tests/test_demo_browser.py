@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from llava_tiny import picture, tiny_llm, tiny_tower
@@ -228,7 +229,10 @@ def test_look_inside_and_browse_in_a_browser(pair: tuple[str, Path], watched: An
     page.click("#mm-show")
     page.wait_for_selector("#mm-maps figure:nth-child(2) >> text=layer 4 of 4")
     page.click("#mm-show-answer")
-    page.wait_for_selector("#mm-answer-maps figure, #mm-answer-maps .mm-notice")
+    page.wait_for_selector("#mm-answer-maps figure >> text=all tokens")
+    page.click("#mm-token input")
+    page.click("ul[role=listbox] li >> nth=1")
+    page.wait_for_selector("#mm-answer-maps figure >> text=1:")  # the map of that token alone
     page.click("button[role=tab]:has-text('Browse a run')")
     page.click("#mm-run input")
     page.click("ul[role=listbox] li >> text=mine")
@@ -275,6 +279,21 @@ def test_the_page_has_no_serious_finding_of_axe(pair: tuple[str, Path], watched:
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
     page.close()
     assert not found, "\n".join(found)
+
+
+def test_a_password_is_asked_before_anything_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(demo.PASSWORD, "open sesame")
+    blocks = demo.build_page(ModelShelf([Scripted("a")]), votes=tmp_path / "votes.sqlite", runs=tmp_path)
+    try:
+        url = demo.launch(blocks)
+        assert httpx.get(f"{url}config").status_code == 401
+        assert "mm-head" not in httpx.get(url).text
+        with httpx.Client() as client:
+            assert client.post(f"{url}login", data={"username": demo.USER, "password": "wrong"}).status_code == 400
+            assert client.post(f"{url}login", data={"username": demo.USER, "password": "open sesame"}).status_code == 200
+            assert client.get(f"{url}config").status_code == 200
+    finally:
+        blocks.close()
 
 
 # ---- what the tests do with a page --------------------------------------------------------------------------------------------------------
