@@ -43,7 +43,8 @@ COMMANDS: dict[str, Command] = {
         "encoders.train_classifier:main", "fine-tune an encoder to classify (FT-CLIP), its last blocks, or a head alone"
     ),
     "train visft": Command(
-        "encoders.train_visft:main", "detection, segmentation and caption heads on a frozen encoder, then LoRA in it under the frozen heads"
+        "encoders.train_visft:main",
+        "detection, segmentation, panoptic and caption heads on a frozen encoder, then LoRA in it under the frozen heads",
     ),
     "train llava": Command(
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"

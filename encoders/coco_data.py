@@ -29,7 +29,8 @@ from mmkit.errors import ConfigError, DataError, find
 from mmkit.images import ImageError, open_image
 from mmkit.records import read_jsonl
 
-Task = Literal["detection", "segmentation", "caption"]
+Task = Literal["detection", "segmentation", "panoptic", "caption"]
+MASKED = ("segmentation", "panoptic")  # tasks whose targets have masks
 SKIP_HINT = "\n  --data.on_bad_sample skip leaves such things out, counted and listed"
 _POINTS, _CAPTION = 1, 2  # purposes of an item's seeds: a change in one moves no other
 
@@ -39,7 +40,7 @@ class CocoTask:
 
     A target holds "image_id" [], "original_size" (height, width) [2] and "picture" [2], the share of the canvas that is no padding. Beyond
     that, detection has "labels" [n] and "boxes" [n, 4] (centre x, centre y, width, height as shares of the canvas), segmentation the same,
-    "masks" uint8 [n, S, S] and "points_seed" [], captions "tokens" [k, T].
+    "masks" uint8 [n, S, S] and "points_seed" [] (panoptic: of every segment, thing or stuff), captions "tokens" [k, T].
 
     Args:
         coco: The set.
@@ -126,7 +127,7 @@ class CocoTask:
             return {**target, "tokens": self._tokens(image, epoch, index)}
         boxes = place.boxes(torch.tensor([item.box for item in image.objects], dtype=torch.float64))
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        if self.task == "segmentation":
+        if self.task in MASKED:
             masks = place.masks([item.mask() for item in image.objects])
             keep = keep & (
                 masks.flatten(1).any(1).bool() if len(masks) else keep

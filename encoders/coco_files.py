@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -29,6 +29,14 @@ Box = tuple[float, float, float, float]
 EXAMPLES = 3  # named for each kind of thing that was left out
 
 
+@runtime_checkable
+class DrawnElsewhere(Protocol):
+    """A mask that lies in a file of its own (`panoptic_files.Segment`)."""
+
+    def mask(self, size: tuple[int, int]) -> np.ndarray:
+        """Draw it: uint8 [height, width], 0 or 1."""
+
+
 @dataclass(frozen=True)
 class CocoObject:
     """One annotated object.
@@ -38,7 +46,7 @@ class CocoObject:
         label: 0 to categories - 1, by ascending raw id.
         box: Left, top, right, bottom in pixels, inside the image.
         area: As the file says it.
-        segmentation: Polygons or run lengths as the file has them; None where it has none.
+        segmentation: Polygons or run lengths as the file has them, or where a PNG has it; None where there is none.
         size: Height and width of the image.
         keypoints: x, y, visibility of each joint; empty where the file has none.
     """
@@ -59,6 +67,8 @@ class CocoObject:
             left, top, right, bottom = self.box
             drawn[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = 1
             return drawn
+        if isinstance(self.segmentation, DrawnElsewhere):
+            return self.segmentation.mask(self.size)
         return decode_mask(self.segmentation, height, width)
 
 
@@ -92,6 +102,9 @@ class CocoSet:
         classes: Its categories, numbered from 0 by ascending id; None without an instances file.
         left_out: How many things of each kind were left out, with examples.
         instances: The instances file's content, for scoring; None without one.
+        things: Of a panoptic set: whether each label is a thing.
+        panoptic: Of a panoptic set: its file's content, with "pngs", the folder of its PNGs.
+        segments: The same images as a panoptic set, where a panoptic task is trained beside others.
     """
 
     root: Path
@@ -99,6 +112,13 @@ class CocoSet:
     classes: Classes | None
     left_out: dict[str, str]
     instances: dict[str, Any] | None = field(default=None, repr=False)
+    things: tuple[bool, ...] = ()
+    panoptic: dict[str, Any] | None = field(default=None, repr=False)
+    segments: "CocoSet | None" = field(default=None, repr=False)
+
+    def of(self, task: str) -> "CocoSet":
+        """The set as a task sees it."""
+        return self.segments if task == "panoptic" and self.segments is not None else self
 
     def describe(self) -> str:
         """Say what there is and what was left out, a line each."""
@@ -111,7 +131,7 @@ class CocoSet:
         return [caption for image in self.images for caption in image.captions]
 
 
-class _LeftOut:
+class LeftOut:
     """Counts what is left out, by kind, with some examples; refuses what may not be."""
 
     def __init__(self, file: Path, on_bad: OnBad) -> None:
@@ -162,22 +182,22 @@ def read_coco(
     classes = None
     if instances is not None and content is not None:
         classes = classes_of(content, instances)
-        left_out |= _add_objects(found, content, classes, _LeftOut(instances, on_bad))
+        left_out |= _add_objects(found, content, classes, LeftOut(instances, on_bad))
     if captions is not None:
-        left_out |= _add_captions(found, load_coco_json(captions, categories=False), _LeftOut(captions, on_bad))
-    rest = _LeftOut(instances or captions or root, on_bad)
+        left_out |= _add_captions(found, load_coco_json(captions, categories=False), LeftOut(captions, on_bad))
+    rest = LeftOut(instances or captions or root, on_bad)
     images = [
         CocoImage(number, row["file_name"], row["width"], row["height"], tuple(row["objects"]), tuple(row["captions"]))
         for number, row in sorted(found.items())
     ]
-    images = _there(images, root, rest, keep_empty)
+    images = there(images, root, rest, keep_empty)
     if not images:
         why = "; ".join((left_out | rest.lines()).values()) or "it lists none"
         raise DataError(f"{instances or captions}: no image is left to train on: {why}")
     return CocoSet(root, tuple(images), classes, left_out | rest.lines(), content)
 
 
-def _there(images: Sequence[CocoImage], root: Path, rest: _LeftOut, keep_empty: bool) -> list[CocoImage]:
+def there(images: Sequence[CocoImage], root: Path, rest: LeftOut, keep_empty: bool) -> list[CocoImage]:
     """Keep images that are on disk and have something to say."""
     kept = []
     present = {path.name for path in root.iterdir()}  # one listing: asking for 118,000 files one by one takes minutes on a network disk
@@ -227,7 +247,7 @@ def classes_of(content: Mapping[str, Any], file: Path | str) -> Classes:
     return Classes.contiguous((number for number, _ in pairs), (name for _, name in pairs))
 
 
-def _image_rows(content: Mapping[str, Any], file: Path) -> dict[int, dict[str, Any]]:
+def image_rows(content: Mapping[str, Any], file: Path) -> dict[int, dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for row in content["images"]:
         try:
@@ -240,8 +260,8 @@ def _image_rows(content: Mapping[str, Any], file: Path) -> dict[int, dict[str, A
     return rows
 
 
-def _add_objects(found: dict[int, dict[str, Any]], content: Mapping[str, Any], classes: Classes, out: _LeftOut) -> dict[str, str]:
-    found.update(_image_rows(content, out.file))
+def _add_objects(found: dict[int, dict[str, Any]], content: Mapping[str, Any], classes: Classes, out: LeftOut) -> dict[str, str]:
+    found.update(image_rows(content, out.file))
     labels = classes.label_of()
     for row in content["annotations"]:
         try:
@@ -277,8 +297,8 @@ def _add_objects(found: dict[int, dict[str, Any]], content: Mapping[str, Any], c
     return out.lines()
 
 
-def _add_captions(found: dict[int, dict[str, Any]], content: Mapping[str, Any], out: _LeftOut) -> dict[str, str]:
-    rows = _image_rows(content, out.file)
+def _add_captions(found: dict[int, dict[str, Any]], content: Mapping[str, Any], out: LeftOut) -> dict[str, str]:
+    rows = image_rows(content, out.file)
     for number, row in rows.items():
         found.setdefault(number, row)
     for row in content["annotations"]:

@@ -1,4 +1,4 @@
-"""Score a head of ViSFT on a COCO-format set: average precision of boxes or masks, CIDEr-D and BLEU of captions it writes.
+"""Score a head of ViSFT on a COCO-format set: average precision of boxes or masks, panoptic quality, CIDEr-D and BLEU of captions it writes.
 
     mmkit eval heads --encoder mini-clip --head runs/visft/detection/head --images DATA/images/val --instances DATA/coco/instances_val.json \\
         --out runs/eval/detection
@@ -30,12 +30,19 @@ from encoders.heads.base import Head
 from encoders.heads.caption import CaptionHead
 from encoders.heads.registry import load_head, read_head_file
 from encoders.modeling import VisionEncoder
+from encoders.panoptic_files import read_panoptic
 from encoders.placement import padding_colour
 from encoders.visft_features import FeatureMaps, TaskData
+from encoders.visft_settings import FILE_OF
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.evaluation import EvaluationFolder, Ranks, merge_parts, part_records, relative
 from mmkit.trainable import freeze, weights_hash
+
+RULES = {
+    "caption": "CIDEr-D and BLEU, greedy captions",
+    "panoptic": "panoptic quality (Kirillov et al., 2019); void and crowds ignored as in COCO's evaluation",
+}
 
 
 @dataclass
@@ -47,6 +54,9 @@ class EvalHeadsConfig:
     images: str = field(default="", metadata={"help": "folder of the images"})
     instances: str = field(default="", metadata={"help": "COCO-format instances, for detection and segmentation heads"})
     captions: str = field(default="", metadata={"help": "COCO-format captions, for caption heads"})
+    panoptic: str = field(
+        default="", metadata={"help": "COCO-format panoptic JSON, its PNGs in the folder of its name, for panoptic heads"}
+    )
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, summary.json, manifest.json"})
     benchmark: str = field(default="", metadata={"help": "name in the summary; empty: coco_ and the task"})
     any_encoder: bool = field(default=False, metadata={"help": "also another encoder than the head's own (one that LoRA changed)"})
@@ -121,9 +131,11 @@ def open_set(config: EvalHeadsConfig, task: str) -> CocoSet:
     Raises:
         ConfigError: The file of this task is not named.
     """
-    name = "captions" if task == "caption" else "instances"
+    name = FILE_OF[task]
     if not getattr(config, name):
         raise ConfigError(f"{config.head} is a {task} head: --{name} FILE is missing")
+    if task == "panoptic":
+        return read_panoptic(Path(config.images), Path(config.panoptic), on_bad=config.on_bad_sample)  # type: ignore[arg-type]
     found: CocoSet = read_coco(Path(config.images), **{name: Path(getattr(config, name))}, on_bad=config.on_bad_sample)  # type: ignore[arg-type]
     return found
 
@@ -143,7 +155,7 @@ def open_parts(config: EvalHeadsConfig, about: Mapping[str, Any], coco: CocoSet)
         )
     head = load_head(config.head, width=encoder.width).eval()
     if about["task"] != "caption" and coco.classes is not None:
-        head.config.classes.check_covers(coco.classes, f"the {about['task']} head", config.instances)
+        head.config.classes.check_covers(coco.classes, f"the {about['task']} head", getattr(config, FILE_OF[about["task"]]))
     return encoder, head
 
 
@@ -172,9 +184,7 @@ def summarise(
         "model": config.head,
         "encoder": {"source": config.encoder},
         "protocol": {
-            "rule": "COCO's average precision (pycocotools), 100 objects an image"
-            if task != "caption"
-            else "CIDEr-D and BLEU, greedy captions",
+            "rule": RULES.get(task, "COCO's average precision (pycocotools), 100 objects an image"),
             "canvas": canvas,
             "images": relative(Path(config.images), config.out),
             "head_trained_behind": about.get("encoder", ""),

@@ -3,7 +3,8 @@
     rows = predict_rows(head, maps, data, range(64), device)      # one an image, in the form of COCO's result files
     score_rows("detection", rows, coco)                           # {"ap": 12.3, "ap50": ...}, percent
 
-Average precision is COCO's own (pycocotools); captions are cut into words by the Penn Treebank's rules and scored by CIDEr-D and BLEU.
+Average precision is COCO's own (pycocotools), panoptic quality as its authors count it; captions are cut into words by the Penn Treebank's
+rules and scored by CIDEr-D and BLEU.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from encoders.coco_files import CocoSet
 from encoders.heads.base import Head
+from encoders.panoptic_files import segment_ids
+from encoders.panoptic_quality import panoptic_quality, tally
 from encoders.visft_features import FeatureMaps, TaskData
 from encoders.visft_mixture import collate_items
 from mmkit.caption_scoring import BleuCounts, bleu_counts, bleu_of, cider_d
@@ -32,8 +35,8 @@ from mmkit.stats import student_t95
 MOST = 100  # objects of an image that COCO looks at
 AP_NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 GROUPS = 20  # of the jackknife
-MOST_SCORE = {"detection": 100.0, "segmentation": 100.0, "caption": 1000.0}
-MAIN_SCORE = {"detection": "ap", "segmentation": "ap", "caption": "cider"}
+MOST_SCORE = {"detection": 100.0, "segmentation": 100.0, "panoptic": 100.0, "caption": 1000.0}
+MAIN_SCORE = {"detection": "ap", "segmentation": "ap", "panoptic": "pq", "caption": "cider"}
 _KINDS = {"detection": "bbox", "segmentation": "segm"}
 
 
@@ -150,7 +153,30 @@ def _scorer(task: str, rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Call
     """Give the function that scores a part of the rows; what is dear is done once."""
     if not rows:
         raise DataError("no image was looked at: there is nothing to score")
+    if task == "panoptic":
+        return _panoptic(rows, coco)
     return _captions(rows, coco) if task == "caption" else _average_precision(task, rows, coco)
+
+
+def _panoptic(rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Callable[[Sequence[bool]], dict[str, float]]:
+    if coco.panoptic is None or coco.classes is None:
+        raise DataError("panoptic quality needs the panoptic file that the set was read with")
+    said = {row["image_id"]: row for row in coco.panoptic["annotations"]}
+    sizes = {image.image_id: (image.height, image.width) for image in coco.images}
+    tallies = []
+    for row in rows:
+        truth = said[row["image_id"]]
+        found = np.zeros(sizes[row["image_id"]], dtype=np.int64)
+        for number, segment in enumerate(row["objects"], start=1):
+            found[coco_mask.decode(segment["segmentation"]).astype(bool)] = number
+        kinds = {
+            crowd: {s["id"]: s["category_id"] for s in truth["segments_info"] if bool(s.get("iscrowd")) is crowd} for crowd in (False, True)
+        }
+        own = {number: segment["category_id"] for number, segment in enumerate(row["objects"], start=1)}
+        ids = segment_ids(coco.panoptic["pngs"] / truth["file_name"], found.shape)
+        tallies.append(tally(ids, kinds[False], kinds[True], found, own))
+    things = dict(zip(coco.classes.ids, coco.things, strict=True))
+    return lambda kept: panoptic_quality([one for one, keep in zip(tallies, kept, strict=True) if keep], things)
 
 
 def _average_precision(task: str, rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Callable[[Sequence[bool]], dict[str, float]]:
@@ -201,6 +227,7 @@ def _captions(rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Callable[[Seq
 
 def score_text(task: str, scores: Mapping[str, float]) -> str:
     """The scores that people ask for, in a line."""
-    names = {"caption": {"cider": "CIDEr", "bleu4": "BLEU-4"}}.get(task, {"ap": "AP", "ap50": "AP50", "ap75": "AP75"})
+    lines = {"caption": {"cider": "CIDEr", "bleu4": "BLEU-4"}, "panoptic": {"pq": "PQ", "sq": "SQ", "rq": "RQ"}}
+    names = lines.get(task, {"ap": "AP", "ap50": "AP50", "ap75": "AP75"})
     kind = {"detection": "box ", "segmentation": "mask "}.get(task, "")
     return ", ".join(f"{kind}{title} {scores[name]:.2f}" for name, title in names.items())

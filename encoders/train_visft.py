@@ -82,7 +82,7 @@ def train_head(config: VisftConfig) -> Path:
     encoder = freeze(open_encoder(config))
     digest = weights_hash(encoder)
     head = new_head(config, encoder, sets[False])
-    check_classes({task: head}, sets[True], config.files(held_out=True)["instances"])
+    check_classes({task: head}, sets[True], config.files(held_out=True))
     maps, canvas = feature_maps(config, encoder, head), config.of(task).canvas or encoder.spec.size
     maps.grid(canvas)
     run = Run(config.run, name=f"visft {task}", settings=config)
@@ -202,7 +202,7 @@ def train_lora(config: VisftConfig) -> Path:
     tasks = list(heads)
     sets = {held_out: open_set(config, tasks, held_out) for held_out in (False, True)}
     for held_out, coco in sets.items():
-        check_classes(heads, coco, config.files(held_out)["instances"])
+        check_classes(heads, coco, config.files(held_out))
     maps = {task: feature_maps(config, encoder, heads[task]) for task in tasks}
     for task in tasks:
         maps[task].grid(canvases[task])

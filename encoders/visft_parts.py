@@ -14,9 +14,10 @@ from encoders.heads.base import Head
 from encoders.heads.caption import CaptionHead
 from encoders.heads.registry import HEADS, build_head, load_head, read_head_file
 from encoders.modeling import VisionEncoder
+from encoders.panoptic_files import read_panoptic
 from encoders.placement import padding_colour
 from encoders.visft_features import FeatureMaps, TaskData
-from encoders.visft_settings import RANDOM_PLACERS, VisftConfig
+from encoders.visft_settings import FILE_OF, RANDOM_PLACERS, VisftConfig
 from encoders.vocabulary import Vocabulary
 from mmkit.batches import derive_seed
 from mmkit.errors import ConfigError, DataError
@@ -35,19 +36,23 @@ def open_set(config: VisftConfig, tasks: list[str], held_out: bool) -> CocoSet:
         DataError: A file is missing or faulty.
     """
     files, prefix = config.files(held_out), "held_out_" if held_out else ""
-    wanted = {"images", *("captions" if task == "caption" else "instances" for task in tasks)}
+    wanted = {"images", *(FILE_OF[task] for task in tasks)}
     for name in sorted(wanted):
         if files[name] is None:
             raise ConfigError(f"data.{prefix}{name} is empty, and {', '.join(tasks)} needs it: --data.{prefix}{name} PATH")
     root = files["images"]
     assert root is not None
     instances, captions = (files[name] if name in wanted else None for name in ("instances", "captions"))
-    coco = read_coco(root, instances=instances, captions=captions, on_bad=config.data.on_bad_sample)
+    sets = []
+    if instances or captions:
+        sets.append(read_coco(root, instances=instances, captions=captions, on_bad=config.data.on_bad_sample))
+    if "panoptic" in wanted and files["panoptic"] is not None:
+        sets.append(read_panoptic(root, files["panoptic"], on_bad=config.data.on_bad_sample))
     if held_out and config.data.held_out_limit:
-        return replace(coco, images=coco.images[: config.data.held_out_limit])
+        sets = [replace(coco, images=coco.images[: config.data.held_out_limit]) for coco in sets]
     if not held_out and config.data_share < 1:
-        return replace(coco, images=share_of(coco, config.data_share, config.run.seed))
-    return coco
+        sets = [replace(coco, images=share_of(coco, config.data_share, config.run.seed)) for coco in sets]
+    return sets[0] if len(sets) == 1 else replace(sets[0], segments=sets[1])
 
 
 def share_of(coco: CocoSet, share: float, seed: int) -> tuple[Any, ...]:
@@ -76,7 +81,7 @@ def task_data(
     own, data = config.of(task), config.data
     placer = own.held_out_placer if held_out else own.placer
     found = CocoTask(
-        coco,
+        coco.of(task),
         task,  # type: ignore[arg-type]
         canvas=canvas,
         fill=padding_colour(encoder.spec.mean),
@@ -117,7 +122,7 @@ def new_head(config: VisftConfig, encoder: VisionEncoder, coco: CocoSet) -> Head
         needed: dict[str, Any] = {"words": list(Vocabulary.build(coco.captions(), config.data.min_count).words)}
     else:
         assert coco.classes is not None
-        needed = {"classes": coco.classes.to_dict()}
+        needed = {"classes": coco.classes.to_dict(), **({"things": list(coco.things)} if config.task == "panoptic" else {})}
     if clash := sorted(set(config.head) & {"width", *needed}):
         raise ConfigError(f"head.{clash[0]} is taken from the encoder and the data: leave it out")
     torch.manual_seed(derive_seed(config.run.seed, _HEAD))
@@ -153,15 +158,16 @@ def open_heads(config: VisftConfig, encoder: VisionEncoder) -> tuple[dict[str, H
     return heads, canvases
 
 
-def check_classes(heads: Mapping[str, Head], coco: CocoSet, file: Path | None) -> None:
+def check_classes(heads: Mapping[str, Head], coco: CocoSet, files: Mapping[str, Path | None]) -> None:
     """Refuse heads that know other categories than a set has.
 
     Raises:
         DataError: Some that only one side has are named.
     """
     for task, head in heads.items():
-        if task != "caption" and coco.classes is not None:
-            head.config.classes.check_covers(coco.classes, f"the {task} head", str(file))
+        classes = coco.of(task).classes
+        if task != "caption" and classes is not None:
+            head.config.classes.check_covers(classes, f"the {task} head", str(files[FILE_OF[task]]))
 
 
 def open_encoder(config: VisftConfig) -> VisionEncoder:

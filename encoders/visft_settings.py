@@ -39,9 +39,13 @@ class DataConfig:
     images: str = field(default="", metadata={"help": "folder of the training images"})
     instances: str = field(default="", metadata={"help": "their instances JSON (boxes, masks)"})
     captions: str = field(default="", metadata={"help": "their captions JSON"})
+    panoptic: str = field(
+        default="", metadata={"help": "their panoptic JSON, the PNGs in the folder of its name beside it (task panoptic)"}
+    )
     held_out_images: str = field(default="", metadata={"help": "folder of the held-out images"})
     held_out_instances: str = field(default="", metadata={"help": "their instances JSON"})
     held_out_captions: str = field(default="", metadata={"help": "their captions JSON"})
+    held_out_panoptic: str = field(default="", metadata={"help": "their panoptic JSON"})
     held_out_limit: int = field(default=0, metadata={"help": "take the first held-out images only; 0 takes all"})
     held_out_batch: int = field(default=15, metadata={"help": "images of a held-out batch"})
     views: int = field(
@@ -118,6 +122,7 @@ class VisftConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     detection: TaskConfig = field(default_factory=TaskConfig)
     segmentation: TaskConfig = field(default_factory=TaskConfig)
+    panoptic: TaskConfig = field(default_factory=TaskConfig)
     caption: TaskConfig = field(default_factory=lambda: TaskConfig(weight=0.4, placer="squash", held_out_placer="squash"))
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -158,9 +163,11 @@ class VisftConfig:
         return found
 
     def files(self, held_out: bool) -> Mapping[str, Path | None]:
-        """Give the images, instances and captions of the training or the held-out set; None where none is named."""
+        """Give the images, instances, captions and segments of the training or the held-out set; None where none is named."""
         prefix = "held_out_" if held_out else ""
-        return {name: Path(value) if (value := getattr(self.data, prefix + name)) else None for name in ("images", "instances", "captions")}
+        return {name: Path(value) if (value := getattr(self.data, prefix + name)) else None for name in FILES}
 
 
-TASKS = ("detection", "segmentation", "caption")
+TASKS = ("detection", "segmentation", "panoptic", "caption")
+FILES = ("images", "instances", "captions", "panoptic")
+FILE_OF = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic", "caption": "captions"}

@@ -11,6 +11,7 @@ from typing import Any
 from encoders.heads.base import Head, HeadConfig
 from encoders.heads.caption import CaptionConfig, CaptionHead
 from encoders.heads.detection import DetectionConfig, DetectionHead
+from encoders.heads.panoptic import PanopticConfig, PanopticHead
 from encoders.heads.segmentation import SegmentationConfig, SegmentationHead
 from mmkit.checkpoint import atomic_folder, load_strict, load_weights, save_weights
 from mmkit.errors import DataError, find
@@ -36,6 +37,7 @@ class HeadEntry:
 HEADS: dict[str, HeadEntry] = {
     "detection": HeadEntry(DetectionConfig, DetectionHead, "box AP"),
     "segmentation": HeadEntry(SegmentationConfig, SegmentationHead, "mask AP"),
+    "panoptic": HeadEntry(PanopticConfig, PanopticHead, "PQ"),
     "caption": HeadEntry(CaptionConfig, CaptionHead, "CIDEr-D, BLEU"),
 }
 

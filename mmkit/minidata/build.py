@@ -148,6 +148,7 @@ class _Builder:
         for split, items in scenes.items():
             self._json(f"coco/instances_{split}.json", formats.coco_instances(items))
             self._json(f"coco/captions_{split}.json", formats.coco_captions(items))
+            self._panoptic(split, items)
             asked, answered = formats.vqa_files(chosen[split], split)
             self._json(f"vqa/questions_{split}.json", asked)
             self._json(f"vqa/annotations_{split}.json", answered)
@@ -189,6 +190,15 @@ class _Builder:
             item = Numbered(split, index, self.seed, sample_scene(rng, names, count, 1.0 if count == 0 else _WORD_SHARE), names)
             self._png(render(item.scene), f"images/{item.image}")
             yield item
+
+    def _panoptic(self, split: str, items: Sequence[Numbered]) -> None:
+        """COCO's panoptic form: a PNG of segment ids for each scene, and the JSON beside their folder."""
+        told = []
+        for item in items:
+            ids, annotation = formats.coco_panoptic(item)
+            self._png(formats.panoptic_colours(ids), f"coco/panoptic_{split}/{annotation['file_name']}")
+            told.append(annotation)
+        self._json(f"coco/panoptic_{split}.json", formats.coco_panoptic_file(items, told))
 
     def _classification(self, split: str) -> list[tuple[np.ndarray, str]]:
         """Drawings alone, a folder a name: an image folder. Returns a picture of each name, for the sheet."""

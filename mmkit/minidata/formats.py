@@ -12,6 +12,7 @@ from mmkit.minidata.language import DESCRIBE_PROMPTS, Question, caption, convers
 from mmkit.minidata.masks import segmentation_of
 from mmkit.minidata.names import table
 from mmkit.minidata.scene import Scene
+from mmkit.minidata.world import COLOURS
 
 LICENSE = {"id": 1, "name": "CC BY-SA 4.0", "url": "https://creativecommons.org/licenses/by-sa/4.0/"}
 CREDIT = "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -68,6 +69,48 @@ def coco_instances(scenes: Sequence[Numbered]) -> dict[str, Any]:
     rows = table().values()
     names = [{"id": _category_ids()[row.name], "name": row.name, "supercategory": row.category} for row in rows]
     return {**_coco_head("instances", scenes), "categories": names, "annotations": annotations}
+
+
+def coco_panoptic(item: Numbered) -> tuple[np.ndarray, dict[str, Any]]:
+    """One picture's segments in COCO's panoptic form: ids [size, size], and what they are.
+
+    Drawings are things; what no drawing covers is the background, stuff of its colour; a written word's box is void (0).
+    """
+    scene, size = item.scene, item.scene.size
+    ids = np.full((size, size), len(scene.objects) + 1, dtype=np.int64)
+    if scene.word is not None:
+        left, top, width, height = scene.word.box
+        ids[max(0, top) : top + height, max(0, left) : left + width] = 0
+    for number, placed in enumerate(scene.objects, 1):
+        ids[placed.mask] = number
+    kinds = {number: _category_ids()[placed.name] for number, placed in enumerate(scene.objects, 1)}
+    kinds[len(scene.objects) + 1] = _stuff_ids()[scene.background]
+    info = []
+    for number, category in kinds.items():
+        rows, columns = np.nonzero(ids == number)
+        if len(rows):
+            box = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+            info.append({"id": number, "category_id": category, "iscrowd": 0, "bbox": box, "area": len(rows)})
+    return ids, {"image_id": item.image_id, "file_name": f"{item.image_id:06d}.png", "segments_info": info}
+
+
+def coco_panoptic_file(scenes: Sequence[Numbered], annotations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's panoptic JSON over all pictures of a split; category ids of drawings are those of the instances."""
+    names = [{"id": _category_ids()[row.name], "name": row.name, "supercategory": row.category, "isthing": 1} for row in table().values()]
+    names += [
+        {"id": number, "name": f"{name} background", "supercategory": "background", "isthing": 0} for name, number in _stuff_ids().items()
+    ]
+    return {**_coco_head("panoptic", scenes), "categories": names, "annotations": list(annotations)}
+
+
+def panoptic_colours(ids: np.ndarray) -> np.ndarray:
+    """Segment ids [height, width] as COCO's PNGs hold them: id = red + 256 green + 65,536 blue; uint8 [height, width, 3]."""
+    return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+
+
+@cache
+def _stuff_ids() -> dict[str, int]:
+    return {name: len(table()) + number for number, name in enumerate(COLOURS, 1)}
 
 
 def coco_captions(scenes: Sequence[Numbered]) -> dict[str, Any]:
