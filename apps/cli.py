@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train visft": Command(
         "encoders.train_visft:main",
-        "detection, segmentation, panoptic and caption heads on a frozen encoder, then LoRA in it under the frozen heads",
+        "detection, segmentation, panoptic, pose and caption heads on a frozen encoder, then LoRA in it under the frozen heads",
     ),
     "train llava": Command(
         "llm_stage.train_llava:main", "put a frozen encoder before a language model: stage 1 projector, stage 2 instructions"

@@ -29,7 +29,7 @@ from mmkit.errors import ConfigError, DataError, find
 from mmkit.images import ImageError, open_image
 from mmkit.records import read_jsonl
 
-Task = Literal["detection", "segmentation", "panoptic", "caption"]
+Task = Literal["detection", "segmentation", "panoptic", "pose", "caption"]
 MASKED = ("segmentation", "panoptic")  # tasks whose targets have masks
 SKIP_HINT = "\n  --data.on_bad_sample skip leaves such things out, counted and listed"
 _POINTS, _CAPTION = 1, 2  # purposes of an item's seeds: a change in one moves no other
@@ -39,8 +39,9 @@ class CocoTask:
     """One task's images and targets.
 
     A target holds "image_id" [], "original_size" (height, width) [2] and "picture" [2], the share of the canvas that is no padding. Beyond
-    that, detection has "labels" [n] and "boxes" [n, 4] (centre x, centre y, width, height as shares of the canvas), segmentation the same,
-    "masks" uint8 [n, S, S] and "points_seed" [] (panoptic: of every segment, thing or stuff), captions "tokens" [k, T].
+    that, detection has "labels" [n] and "boxes" [n, 4] (centre x, centre y, width, height as shares of the canvas); segmentation the same,
+    "masks" uint8 [n, S, S] and "points_seed" []; panoptic these of every segment, thing or stuff; pose labels, boxes and "keypoints" [n, K, 3]
+    (x, y as shares of the canvas, visibility); captions "tokens" [k, T].
 
     Args:
         coco: The set.
@@ -125,6 +126,8 @@ class CocoTask:
         }
         if self.task == "caption":
             return {**target, "tokens": self._tokens(image, epoch, index)}
+        if self.task == "pose":
+            return {**target, **self._keypoints(image, place)}
         boxes = place.boxes(torch.tensor([item.box for item in image.objects], dtype=torch.float64))
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         if self.task in MASKED:
@@ -137,6 +140,21 @@ class CocoTask:
         sides = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1) / self.canvas
         labels = torch.tensor([item.label for item in image.objects], dtype=torch.int64)
         return {**target, "labels": labels[keep], "boxes": sides[keep].float()}
+
+    def _keypoints(self, image: CocoImage, place: Placement) -> dict[str, Tensor]:
+        """The boxes, labels and keypoints of the objects that have any and are not cut away; in a mirror, left and right change places."""
+        assert self.coco.joints is not None
+        objects = [item for item in image.objects if any(item.keypoints[2::3])]
+        boxes = place.boxes(torch.tensor([item.box for item in objects], dtype=torch.float64))
+        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        joints = torch.tensor([item.keypoints for item in objects], dtype=torch.float64).reshape(-1, len(self.coco.joints.names), 3)
+        if place.mirrored:
+            joints = joints[:, self.coco.joints.mirrored]
+        points = place.points(joints[..., :2].reshape(-1, 2)).reshape(*joints.shape[:2], 2) / self.canvas
+        sides = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1) / self.canvas
+        labels = torch.tensor([item.label for item in objects], dtype=torch.int64)
+        keypoints = torch.cat([points, joints[..., 2:]], dim=-1)
+        return {"labels": labels[keep], "boxes": sides[keep].float(), "keypoints": keypoints[keep].float()}
 
     def _tokens(self, image: CocoImage, epoch: int, index: int) -> Tensor:
         assert self.vocabulary is not None
@@ -190,6 +208,10 @@ def _with_annotations(coco: CocoSet, task: Task, vocabulary: Vocabulary | None) 
         if vocabulary is None:
             raise ConfigError("captions need a vocabulary: Vocabulary.build(coco.captions()), or the head's own")
         images = tuple(image for image in coco.images if image.captions)
+    elif task == "pose":
+        images = tuple(image for image in coco.images if any(any(item.keypoints[2::3]) for item in image.objects))
+        if coco.joints is None:
+            raise ConfigError(f"no category of the set in {coco.root} names keypoints: give a keypoints file (--data.keypoints)")
     else:
         images = coco.images if any(image.objects for image in coco.images) else ()
     if not images:

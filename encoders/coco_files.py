@@ -21,6 +21,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from encoders.coco_classes import Classes
+from encoders.joints import Joints, joints_of
 from encoders.vocabulary import words_of
 from mmkit.errors import DataError
 
@@ -104,7 +105,8 @@ class CocoSet:
         instances: The instances file's content, for scoring; None without one.
         things: Of a panoptic set: whether each label is a thing.
         panoptic: Of a panoptic set: its file's content, with "pngs", the folder of its PNGs.
-        segments: The same images as a panoptic set, where a panoptic task is trained beside others.
+        joints: The keypoints of its categories; None where they have none.
+        others: By task, sets of the same pictures from files of their own (panoptic, pose), where several tasks are trained together.
     """
 
     root: Path
@@ -114,11 +116,12 @@ class CocoSet:
     instances: dict[str, Any] | None = field(default=None, repr=False)
     things: tuple[bool, ...] = ()
     panoptic: dict[str, Any] | None = field(default=None, repr=False)
-    segments: "CocoSet | None" = field(default=None, repr=False)
+    joints: Joints | None = None
+    others: Mapping[str, "CocoSet"] = field(default_factory=dict, repr=False)
 
     def of(self, task: str) -> "CocoSet":
         """The set as a task sees it."""
-        return self.segments if task == "panoptic" and self.segments is not None else self
+        return self.others.get(task, self)
 
     def describe(self) -> str:
         """Say what there is and what was left out, a line each."""
@@ -194,7 +197,8 @@ def read_coco(
     if not images:
         why = "; ".join((left_out | rest.lines()).values()) or "it lists none"
         raise DataError(f"{instances or captions}: no image is left to train on: {why}")
-    return CocoSet(root, tuple(images), classes, left_out | rest.lines(), content)
+    joints = None if content is None else joints_of(content, instances or "")
+    return CocoSet(root, tuple(images), classes, left_out | rest.lines(), content, joints=joints)
 
 
 def there(images: Sequence[CocoImage], root: Path, rest: LeftOut, keep_empty: bool) -> list[CocoImage]:
@@ -263,6 +267,7 @@ def image_rows(content: Mapping[str, Any], file: Path) -> dict[int, dict[str, An
 def _add_objects(found: dict[int, dict[str, Any]], content: Mapping[str, Any], classes: Classes, out: LeftOut) -> dict[str, str]:
     found.update(image_rows(content, out.file))
     labels = classes.label_of()
+    counts = {int(row["id"]): len(row.get("keypoints") or ()) for row in content["categories"]}
     for row in content["annotations"]:
         try:
             number, image, category, bbox = row["id"], row["image_id"], row["category_id"], [float(value) for value in row["bbox"]]
@@ -286,7 +291,7 @@ def _add_objects(found: dict[int, dict[str, Any]], content: Mapping[str, Any], c
             left, top = max(left, 0.0), max(top, 0.0)
             if not (right > left and bottom > top):  # also when a number is NaN
                 out.note("box without area inside its image", what)
-            elif (fault := mask_fault(row.get("segmentation"), *size)) is not None:
+            elif (fault := mask_fault(row.get("segmentation"), *size) or keypoint_fault(row, counts[category])) is not None:
                 out.fault(fault, what, "Repair it")
             else:
                 keypoints = tuple(float(value) for value in row.get("keypoints") or ())
@@ -320,6 +325,14 @@ def _add_captions(found: dict[int, dict[str, Any]], content: Mapping[str, Any], 
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------------------------
+
+
+def keypoint_fault(row: Mapping[str, Any], count: int) -> str | None:
+    """Say what is wrong with an annotation's keypoints, or None; missing ones are none of that."""
+    given = row.get("keypoints")
+    if given and count and len(given) != 3 * count:
+        return f"its keypoints are {len(given)} numbers, and its category has {count} keypoints of three each"
+    return None
 
 
 def mask_fault(segmentation: Any, height: int, width: int) -> str | None:

@@ -41,6 +41,7 @@ from mmkit.trainable import freeze, weights_hash
 
 RULES = {
     "caption": "CIDEr-D and BLEU, greedy captions",
+    "pose": "COCO's keypoint average precision (pycocotools), in true boxes",
     "panoptic": "panoptic quality (Kirillov et al., 2019); void and crowds ignored as in COCO's evaluation",
 }
 
@@ -57,6 +58,7 @@ class EvalHeadsConfig:
     panoptic: str = field(
         default="", metadata={"help": "COCO-format panoptic JSON, its PNGs in the folder of its name, for panoptic heads"}
     )
+    keypoints: str = field(default="", metadata={"help": "COCO-format keypoints, for pose heads"})
     out: str = field(default="", metadata={"help": "folder for answers.jsonl, summary.json, manifest.json"})
     benchmark: str = field(default="", metadata={"help": "name in the summary; empty: coco_ and the task"})
     any_encoder: bool = field(default=False, metadata={"help": "also another encoder than the head's own (one that LoRA changed)"})
@@ -136,7 +138,8 @@ def open_set(config: EvalHeadsConfig, task: str) -> CocoSet:
         raise ConfigError(f"{config.head} is a {task} head: --{name} FILE is missing")
     if task == "panoptic":
         return read_panoptic(Path(config.images), Path(config.panoptic), on_bad=config.on_bad_sample)  # type: ignore[arg-type]
-    found: CocoSet = read_coco(Path(config.images), **{name: Path(getattr(config, name))}, on_bad=config.on_bad_sample)  # type: ignore[arg-type]
+    kind = "instances" if task == "pose" else name
+    found: CocoSet = read_coco(Path(config.images), **{kind: Path(getattr(config, name))}, on_bad=config.on_bad_sample)  # type: ignore[arg-type]
     return found
 
 

@@ -35,9 +35,10 @@ from mmkit.stats import student_t95
 MOST = 100  # objects of an image that COCO looks at
 AP_NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 GROUPS = 20  # of the jackknife
-MOST_SCORE = {"detection": 100.0, "segmentation": 100.0, "panoptic": 100.0, "caption": 1000.0}
-MAIN_SCORE = {"detection": "ap", "segmentation": "ap", "panoptic": "pq", "caption": "cider"}
-_KINDS = {"detection": "bbox", "segmentation": "segm"}
+MOST_SCORE = {"detection": 100.0, "segmentation": 100.0, "panoptic": 100.0, "pose": 100.0, "caption": 1000.0}
+MAIN_SCORE = {"detection": "ap", "segmentation": "ap", "panoptic": "pq", "pose": "ap", "caption": "cider"}
+POSE_NAMES = ("ap", "ap50", "ap75", "ap_medium", "ap_large")  # COCO has no small ones
+_KINDS = {"detection": "bbox", "segmentation": "segm", "pose": "keypoints"}
 
 
 @torch.no_grad()
@@ -81,6 +82,8 @@ def _row(head: Head, data: TaskData, index: int, guess: Mapping[str, Any]) -> di
     ids = head.config.classes.ids
     if "masks" in guess:
         parts = _mask_parts(guess["masks"][:MOST])
+    elif "keypoints" in guess:
+        parts = [{"keypoints": points} for points in _pixel_points(guess["keypoints"][:MOST], data, index)]
     else:
         parts = [{"bbox": box} for box in _pixel_boxes(guess["boxes"][:MOST], data, index)]
     objects = [{"category_id": ids[label], "score": score, **part} for label, score, part in zip(labels, scores, parts, strict=True)]
@@ -95,6 +98,15 @@ def _pixel_boxes(boxes: Tensor, data: TaskData, index: int) -> list[list[float]]
     limit = torch.tensor([image.width, image.height] * 2, dtype=torch.float64)
     corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=limit)
     return torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+
+
+def _pixel_points(keypoints: Tensor, data: TaskData, index: int) -> list[list[float]]:
+    """Keypoints [n, K, 3] (x, y as shares of the canvas, certainty) as COCO's list of x, y, certainty in the picture's pixels."""
+    place = data.place(0, index)
+    points = keypoints[..., :2].double().cpu().reshape(-1, 2) * place.canvas
+    back = place.back(torch.cat([points, points], dim=1))[:, :2].reshape(*keypoints.shape[:2], 2)
+    rows: list[list[float]] = torch.cat([back, keypoints[..., 2:].double().cpu()], dim=-1).flatten(1).tolist()
+    return rows
 
 
 def _mask_parts(masks: Tensor) -> list[dict[str, Any]]:
@@ -188,8 +200,12 @@ def _average_precision(task: str, rows: Sequence[Mapping[str, Any]], coco: CocoS
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
         truth = COCO()
         truth.dataset = {"info": {}, **coco.instances}
+        if task == "pose":
+            truth.dataset["annotations"] = [{**row, "num_keypoints": _visible(row)} for row in coco.instances["annotations"]]
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), _KINDS[task])
+        if task == "pose" and coco.joints is not None:
+            evaluation.params.kpt_oks_sigmas = np.array(coco.joints.sigmas)
         evaluation.params.imgIds = sorted(row["image_id"] for row in rows)
         evaluation.evaluate()
     images, matches = list(evaluation.params.imgIds), evaluation.evalImgs  # matches: by category, then size, then image
@@ -203,10 +219,15 @@ def _average_precision(task: str, rows: Sequence[Mapping[str, Any]], coco: CocoS
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.accumulate()
             evaluation.summarize()
-        stats = zip(AP_NAMES, evaluation.stats[: len(AP_NAMES)], strict=True)
+        names = POSE_NAMES if task == "pose" else AP_NAMES
+        stats = zip(names, evaluation.stats[: len(names)], strict=True)
         return {name: round(100 * float(value), 4) for name, value in stats if value >= 0}
 
     return score
+
+
+def _visible(row: Mapping[str, Any]) -> int:
+    return sum(value > 0 for value in (row.get("keypoints") or ())[2::3])
 
 
 def _captions(rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Callable[[Sequence[bool]], dict[str, float]]:
@@ -229,5 +250,5 @@ def score_text(task: str, scores: Mapping[str, float]) -> str:
     """The scores that people ask for, in a line."""
     lines = {"caption": {"cider": "CIDEr", "bleu4": "BLEU-4"}, "panoptic": {"pq": "PQ", "sq": "SQ", "rq": "RQ"}}
     names = lines.get(task, {"ap": "AP", "ap50": "AP50", "ap75": "AP75"})
-    kind = {"detection": "box ", "segmentation": "mask "}.get(task, "")
+    kind = {"detection": "box ", "segmentation": "mask ", "pose": "keypoint "}.get(task, "")
     return ", ".join(f"{kind}{title} {scores[name]:.2f}" for name, title in names.items())

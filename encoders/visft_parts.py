@@ -43,16 +43,19 @@ def open_set(config: VisftConfig, tasks: list[str], held_out: bool) -> CocoSet:
     root = files["images"]
     assert root is not None
     instances, captions = (files[name] if name in wanted else None for name in ("instances", "captions"))
-    sets = []
+    on_bad, sets = config.data.on_bad_sample, {}
     if instances or captions:
-        sets.append(read_coco(root, instances=instances, captions=captions, on_bad=config.data.on_bad_sample))
+        sets[""] = read_coco(root, instances=instances, captions=captions, on_bad=on_bad)
     if "panoptic" in wanted and files["panoptic"] is not None:
-        sets.append(read_panoptic(root, files["panoptic"], on_bad=config.data.on_bad_sample))
+        sets["panoptic"] = read_panoptic(root, files["panoptic"], on_bad=on_bad)
+    if "keypoints" in wanted:
+        sets["pose"] = read_coco(root, instances=files["keypoints"], on_bad=on_bad)
     if held_out and config.data.held_out_limit:
-        sets = [replace(coco, images=coco.images[: config.data.held_out_limit]) for coco in sets]
+        sets = {name: replace(coco, images=coco.images[: config.data.held_out_limit]) for name, coco in sets.items()}
     if not held_out and config.data_share < 1:
-        sets = [replace(coco, images=share_of(coco, config.data_share, config.run.seed)) for coco in sets]
-    return sets[0] if len(sets) == 1 else replace(sets[0], segments=sets[1])
+        sets = {name: replace(coco, images=share_of(coco, config.data_share, config.run.seed)) for name, coco in sets.items()}
+    first = next(iter(sets))
+    return replace(sets[first], others={name: coco for name, coco in sets.items() if name}) if len(sets) > 1 else sets[first]
 
 
 def share_of(coco: CocoSet, share: float, seed: int) -> tuple[Any, ...]:
@@ -123,6 +126,8 @@ def new_head(config: VisftConfig, encoder: VisionEncoder, coco: CocoSet) -> Head
     else:
         assert coco.classes is not None
         needed = {"classes": coco.classes.to_dict(), **({"things": list(coco.things)} if config.task == "panoptic" else {})}
+        if config.task == "pose":
+            needed["joints"] = list(coco.joints.names) if coco.joints else []
     if clash := sorted(set(config.head) & {"width", *needed}):
         raise ConfigError(f"head.{clash[0]} is taken from the encoder and the data: leave it out")
     torch.manual_seed(derive_seed(config.run.seed, _HEAD))

@@ -42,10 +42,12 @@ class DataConfig:
     panoptic: str = field(
         default="", metadata={"help": "their panoptic JSON, the PNGs in the folder of its name beside it (task panoptic)"}
     )
+    keypoints: str = field(default="", metadata={"help": "their keypoints JSON (task pose)"})
     held_out_images: str = field(default="", metadata={"help": "folder of the held-out images"})
     held_out_instances: str = field(default="", metadata={"help": "their instances JSON"})
     held_out_captions: str = field(default="", metadata={"help": "their captions JSON"})
     held_out_panoptic: str = field(default="", metadata={"help": "their panoptic JSON"})
+    held_out_keypoints: str = field(default="", metadata={"help": "their keypoints JSON"})
     held_out_limit: int = field(default=0, metadata={"help": "take the first held-out images only; 0 takes all"})
     held_out_batch: int = field(default=15, metadata={"help": "images of a held-out batch"})
     views: int = field(
@@ -123,6 +125,7 @@ class VisftConfig:
     detection: TaskConfig = field(default_factory=TaskConfig)
     segmentation: TaskConfig = field(default_factory=TaskConfig)
     panoptic: TaskConfig = field(default_factory=TaskConfig)
+    pose: TaskConfig = field(default_factory=TaskConfig)
     caption: TaskConfig = field(default_factory=lambda: TaskConfig(weight=0.4, placer="squash", held_out_placer="squash"))
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -168,6 +171,6 @@ class VisftConfig:
         return {name: Path(value) if (value := getattr(self.data, prefix + name)) else None for name in FILES}
 
 
-TASKS = ("detection", "segmentation", "panoptic", "caption")
-FILES = ("images", "instances", "captions", "panoptic")
-FILE_OF = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic", "caption": "captions"}
+TASKS = ("detection", "segmentation", "panoptic", "pose", "caption")
+FILES = ("images", "instances", "captions", "panoptic", "keypoints")
+FILE_OF = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic", "pose": "keypoints", "caption": "captions"}

@@ -38,7 +38,7 @@ EXPECTED_RECIPES = {
     "encoders": UTA_RECIPES
     | {"contrastive_uta_b16", "contrastive_uta_g14", "contrastive_uta_l14", "mini_clip", "mini_contrastive_uta"}
     | {"ftclip_b16_224", "ftclip_b16_384", "ftclip_l14_224", "ftclip_l14_336", "mini_ftclip"}
-    | {f"{prefix}visft_{part}" for prefix in ("", "mini_") for part in ("detection", "segmentation", "panoptic", "caption")}
+    | {f"{prefix}visft_{part}" for prefix in ("", "mini_") for part in ("detection", "segmentation", "panoptic", "pose", "caption")}
     | {"mini_visft_lora", "visft_lora_e", "visft_lora_g"},
     "llm_stage": LLAVA_RECIPES
     | {"llava_v15_stage2_tiles"}

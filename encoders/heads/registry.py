@@ -12,6 +12,7 @@ from encoders.heads.base import Head, HeadConfig
 from encoders.heads.caption import CaptionConfig, CaptionHead
 from encoders.heads.detection import DetectionConfig, DetectionHead
 from encoders.heads.panoptic import PanopticConfig, PanopticHead
+from encoders.heads.pose import PoseConfig, PoseHead
 from encoders.heads.segmentation import SegmentationConfig, SegmentationHead
 from mmkit.checkpoint import atomic_folder, load_strict, load_weights, save_weights
 from mmkit.errors import DataError, find
@@ -38,6 +39,7 @@ HEADS: dict[str, HeadEntry] = {
     "detection": HeadEntry(DetectionConfig, DetectionHead, "box AP"),
     "segmentation": HeadEntry(SegmentationConfig, SegmentationHead, "mask AP"),
     "panoptic": HeadEntry(PanopticConfig, PanopticHead, "PQ"),
+    "pose": HeadEntry(PoseConfig, PoseHead, "keypoint AP"),
     "caption": HeadEntry(CaptionConfig, CaptionHead, "CIDEr-D, BLEU"),
 }
 

@@ -148,6 +148,7 @@ class _Builder:
         for split, items in scenes.items():
             self._json(f"coco/instances_{split}.json", formats.coco_instances(items))
             self._json(f"coco/captions_{split}.json", formats.coco_captions(items))
+            self._json(f"coco/keypoints_{split}.json", formats.coco_keypoints(items))
             self._panoptic(split, items)
             asked, answered = formats.vqa_files(chosen[split], split)
             self._json(f"vqa/questions_{split}.json", asked)
