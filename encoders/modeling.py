@@ -12,6 +12,7 @@ image-text space.
 This file needs torch, timm and transformers, nothing else of the kit: it travels with the weights (`trust_remote_code=True`).
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -342,3 +343,6 @@ AutoConfig.register(MODEL_TYPE, VisionEncoderConfig, exist_ok=True)
 AutoModel.register(VisionEncoderConfig, VisionEncoder, exist_ok=True)
 VisionEncoderConfig.register_for_auto_class("AutoConfig")
 VisionEncoder.register_for_auto_class("AutoModel")  # save_pretrained lays this file beside the weights
+
+if __name__ == "encoders.modeling" and "mmkit" in sys.modules:  # not where this file lies beside weights
+    sys.modules["mmkit"].register_models(whole=__name__)

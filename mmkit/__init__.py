@@ -16,10 +16,23 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 
-def register_models() -> None:
-    """Load every module that registers a model with transformers."""
-    for point in entry_points(group="mmkit.models"):
-        point.load()
+def register_models(whole: str = "") -> None:
+    """Load every module that registers a model with transformers.
+
+    Where one of them is what imports transformers, the others may need names that it does not have yet: it calls this again at its end.
+
+    Args:
+        whole: A module that has all its names, though its import is not over.
+    """
+    points = entry_points(group="mmkit.models")
+    if not any(_is_being_imported(point.module) and point.module != whole for point in points):
+        for point in points:
+            point.load()
+
+
+def _is_being_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 class _AlongWithTransformers(MetaPathFinder):

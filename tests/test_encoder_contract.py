@@ -373,3 +373,11 @@ def test_the_teacher_in_the_package_loads_as_open_clip_has_it() -> None:
     theirs = open_clip.create_model(f"local-dir:{folder}").eval().encode_image(images)
     assert_close(tower(images).pooler_output, theirs, rtol=0, atol=1e-4)
     assert (tower.joint_width, tower.grid, tower.config.text_tower) == (256, (6, 6), "mini-clip")
+
+
+@pytest.mark.parametrize("first", ["encoders.modeling", "encoders.joined", "transformers"])
+def test_transformers_knows_both_encoders_whichever_module_comes_first(first: str, child_environment: dict[str, str]) -> None:
+    """A module that registers itself may be what imports transformers, and mmkit may have been imported before."""
+    code = f"import mmkit, {first}; from transformers import AutoConfig; "
+    code += "[AutoConfig.for_model(name) for name in ('mmkit_vision_encoder', 'mmkit_joined_encoder')]"
+    subprocess.run([sys.executable, "-c", code], check=True, env=child_environment, timeout=300)
