@@ -332,6 +332,10 @@ def keypoint_fault(row: Mapping[str, Any], count: int) -> str | None:
     given = row.get("keypoints")
     if given and count and len(given) != 3 * count:
         return f"its keypoints are {len(given)} numbers, and its category has {count} keypoints of three each"
+    if given and not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
+        return "among its keypoints are some that are no numbers"
+    if given and not set(given[2::3]) <= {0, 1, 2}:
+        return "a keypoint's visibility is none of 0, 1, 2"
     return None
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from encoders.coco_files import CocoSet
 from encoders.heads.base import Head
-from encoders.panoptic_files import segment_ids
+from encoders.panoptic_files import VOID, segment_ids
 from encoders.panoptic_quality import panoptic_quality, tally
 from encoders.visft_features import FeatureMaps, TaskData
 from encoders.visft_mixture import collate_items
@@ -186,6 +186,11 @@ def _panoptic(rows: Sequence[Mapping[str, Any]], coco: CocoSet) -> Callable[[Seq
         }
         own = {number: segment["category_id"] for number, segment in enumerate(row["objects"], start=1)}
         ids = segment_ids(coco.panoptic["pngs"] / truth["file_name"], found.shape)
+        if strange := sorted(set(np.unique(ids).tolist()) - {VOID, *kinds[False], *kinds[True]}):
+            raise DataError(
+                f"{coco.panoptic['pngs'] / truth['file_name']} has pixels of segment {strange[0]}, which the JSON file does not list for image "
+                f"{row['image_id']}: are PNGs and JSON of one set?"
+            )
         tallies.append(tally(ids, kinds[False], kinds[True], found, own))
     things = dict(zip(coco.classes.ids, coco.things, strict=True))
     return lambda kept: panoptic_quality([one for one, keep in zip(tallies, kept, strict=True) if keep], things)

@@ -49,6 +49,8 @@ def joints_of(content: Mapping[str, Any], file: Path | str) -> Joints | None:
             f"{file}: categories '{known[0]['name']}' and '{other['name']}' have other keypoints; one head learns one list: split the file"
         )
     sigmas = known[0].get("sigmas") or (COCO_SIGMAS if len(names) == len(COCO_SIGMAS) else None)
+    if sigmas is not None and not all(isinstance(sigma, int | float) and sigma > 0 for sigma in sigmas):
+        raise DataError(f"{file}: category '{known[0]['name']}' has sigmas {sigmas}; numbers above 0 are right")
     if sigmas is None or len(sigmas) != len(names):
         raise DataError(
             f"{file}: category '{known[0]['name']}' has {len(names)} keypoints and {len(sigmas or [])} sigmas; give one each (COCO's 17 are known)"

@@ -68,7 +68,10 @@ def read_panoptic(root: Path, file: Path, pngs: Path | None = None, on_bad: OnBa
         raise DataError(f"{file} needs its segment PNGs in {pngs}: there is no such folder")
     classes, out = classes_of(content, file), LeftOut(file, on_bad)
     rows = image_rows(content, file)
-    kinds = {int(row["id"]): bool(row.get("isthing", 1)) for row in content["categories"]}
+    if unsaid := next((row for row in content["categories"] if row.get("isthing") not in (0, 1)), None):
+        raise DataError(f"{file}: category {unsaid['id']} ('{unsaid['name']}') does not say whether it is a thing: isthing 0 or 1")
+    kinds = {int(row["id"]): bool(row["isthing"]) for row in content["categories"]}
+    told: set[int] = set()
     labels, present = classes.label_of(), {path.name for path in pngs.iterdir()}
     for annotation in content["annotations"]:
         image, name = annotation.get("image_id"), str(annotation.get("file_name", ""))
@@ -76,7 +79,12 @@ def read_panoptic(root: Path, file: Path, pngs: Path | None = None, on_bad: OnBa
             out.fault("its image is not in the file's list of images", f"annotation of image {image}", "Complete the list")
         elif name not in present:
             out.fault(f"its PNG '{name}' is not in {pngs}", f"annotation of image {image}", "Unpack the PNGs beside the JSON file")
+        elif image in told:
+            out.fault("it is annotated twice", f"image {image}", "Keep one annotation of each image")
+        elif (wrong := _fault(annotation)) is not None:
+            out.fault(wrong, f"annotation of image {image}", "Repair it")
         else:
+            told.add(image)
             size = rows[image]["height"], rows[image]["width"]
             for segment in annotation["segments_info"]:
                 if (found := _object(segment, image, labels, Segment(pngs / name, int(segment["id"])), size, out)) is not None:
@@ -89,6 +97,21 @@ def read_panoptic(root: Path, file: Path, pngs: Path | None = None, on_bad: OnBa
         raise DataError(f"{file}: no image is left to train on: {'; '.join(out.lines().values()) or 'it lists none'}")
     things = tuple(kinds[number] for number in classes.ids)
     return CocoSet(root, tuple(images), classes, out.lines(), things=things, panoptic={**content, "pngs": pngs})
+
+
+def _fault(annotation: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with an image's list of segments, or None."""
+    segments = annotation.get("segments_info")
+    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        return "it has no list segments_info"
+    for segment in segments:
+        box = segment.get("bbox")
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box)
+        if not isinstance(segment.get("id"), int) or not numbers:
+            return f"segment {str(segment)[:80]} needs an id and a bbox of four numbers"
+    ids = [segment["id"] for segment in segments]
+    twice = next((number for number in ids if ids.count(number) > 1), None)
+    return None if twice is None else f"segment {twice} is there twice"
 
 
 def _object(

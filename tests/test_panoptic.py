@@ -101,6 +101,11 @@ def test_segments_are_read_as_they_were_written(world: Path) -> None:
         ("category", "category 99 is not among"),
         ("void", "id is 0"),
         ("no folder", "needs its segment PNGs"),
+        ("no box", "needs an id and a bbox"),
+        ("twice", "is there twice"),
+        ("annotated twice", "image 0.*annotated twice"),
+        ("no segments", "no list segments_info"),
+        ("no isthing", "does not say whether it is a thing"),
     ],
 )
 def test_faulty_sets_are_named(tmp_path: Path, fault: str, said: str) -> None:
@@ -112,6 +117,16 @@ def test_faulty_sets_are_named(tmp_path: Path, fault: str, said: str) -> None:
         (folder / "held_out_panoptic/0.png").unlink()
     elif fault == "other size":
         Image.new("RGB", (7, 7)).save(folder / "held_out_panoptic/0.png")
+    elif fault == "no box":
+        segment.pop("bbox")
+    elif fault == "twice":
+        content["annotations"][0]["segments_info"].append(segment)
+    elif fault == "annotated twice":
+        content["annotations"].append(content["annotations"][0])
+    elif fault == "no segments":
+        content["annotations"][0].pop("segments_info")
+    elif fault == "no isthing":
+        content["categories"][0].pop("isthing")
     elif fault == "no folder":
         (folder / "held_out_panoptic").rename(folder / "elsewhere")
     else:
@@ -186,6 +201,17 @@ def test_the_truth_scores_100_through_all_the_mapping(world: Path, monkeypatch: 
         row["objects"] = row["objects"][:1]
     assert score_rows("panoptic", rows, coco)["rq"] < 100
     assert score_with_intervals("panoptic", rows, coco)["pq"]["n"] == len(rows)
+
+
+def test_a_segment_that_the_json_does_not_list_is_named(tmp_path: Path) -> None:
+    folder = write_world(tmp_path)
+    file = write_panoptic(folder, "held_out")
+    content = json.loads(file.read_text())
+    gone = content["annotations"][0]["segments_info"].pop()
+    file.write_text(json.dumps(content))
+    coco = read_panoptic(folder / "held_out", file)
+    with pytest.raises(DataError, match=f"pixels of segment {gone['id']}"):
+        score_rows("panoptic", [{"image_id": 0, "objects": []}], coco)
 
 
 def test_segments_share_no_pixel_and_stuff_is_one(world: Path) -> None:
