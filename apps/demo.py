@@ -32,7 +32,7 @@ from apps.serve import LOOPBACK
 from apps.votes import Votes
 from encoders.catalog import load_encoder
 from mmkit.config import cli_entry, load_config
-from mmkit.errors import ConfigError
+from mmkit.errors import ConfigError, DataError
 from mmkit.images import open_image
 
 MAX_UPLOAD = "20mb"
@@ -98,7 +98,7 @@ def build_page(
     shelf: ModelShelf,
     examples: Sequence[Image.Image] = (),
     *,
-    votes: Path | str = VOTES,
+    votes: Votes | None = None,
     encoders: Sequence[tuple[str, Any]] = (),
     runs: Path | str = RUNS,
     scores: Sequence[dict[str, str]] | None = None,
@@ -108,7 +108,7 @@ def build_page(
     Args:
         shelf: The models.
         examples: Images to choose from.
-        votes: The file of blind votes.
+        votes: Where blind votes go; None is `VOTES`.
         encoders: Encoders to look inside beside those of the models, with their names.
         runs: Folder whose run folders may be browsed.
         scores: Of each model's encoder, for its card.
@@ -124,7 +124,7 @@ def build_page(
                 with gr.Tab("Chat", id="chat"):
                     chat = build_chat(desk, cards, picker, more, settings)
                 with gr.Tab("Blind vote", id="vote") as tab:
-                    build_vote(desk, Votes(votes), picker, more, settings, tab)
+                    build_vote(desk, votes or Votes(VOTES), picker, more, settings, tab)
                 with gr.Tab("Look inside", id="inside"):
                     build_inside(desk, encoders, picker, more)
                 with gr.Tab("Browse a run", id="browse"):
@@ -248,7 +248,12 @@ def scores_of(folder: str) -> dict[str, str]:
     if root is None or not any(root.rglob("summary.json")):
         return {}
     scores: dict[str, str] = {}
-    for found in read_runs([root]).evaluations:
+    try:
+        evaluations = read_runs([root]).evaluations
+    except DataError as error:  # the demo is of the model; its evaluations are an ornament
+        print(f"no scores for {folder}: {error}", flush=True)
+        return {}
+    for found in evaluations:
         metric = found.metrics[found.main]
         low, high = metric["ci95"]
         scores[found.benchmark.replace("_", " ")] = f"{metric['value']:.1f} % [{low:.1f}, {high:.1f}]"
@@ -276,8 +281,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     extra = [(name, load_encoder(name).eval()) for name in config.encoder]
     scores = [scores_of(folder) for folder in folders]
     examples = [*example_images(config.examples), *photographs()] if config.examples else []
-    page = build_page(shelf, examples, votes=config.votes, encoders=extra, runs=config.runs, scores=scores)
-    launch(page, config.host, config.port, open_browser=config.open_browser, block=True)
+    votes = Votes(config.votes)
+    page = build_page(shelf, examples, votes=votes, encoders=extra, runs=config.runs, scores=scores)
+    try:
+        launch(page, config.host, config.port, open_browser=config.open_browser, block=True)
+    finally:
+        votes.close()
     return Path(folders[0])
 
 

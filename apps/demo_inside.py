@@ -56,12 +56,12 @@ class Inside:
     def _one_encoder(self, name: str, image: Image.Image, layer: str, head: str, phrase: str) -> Iterable[str]:
         encoder, lock = self.encoders[name]
         seen = encoder.spec.fit(image)
-        pixels = encoder.spec.normalise(seen).unsqueeze(0)
+        pixels = encoder.spec.normalise(seen).unsqueeze(0).to(encoder.device, encoder.dtype)
         depth = len(encoder.network.blocks)
         with lock:
             maps = attention_maps(encoder, pixels, [depth if layer == LAST else int(layer)])
-            shares = list(maps.values())[-1][0]  # [A, h, w]
-            found = text_maps(encoder, pixels, _phrase_features(encoder, phrase)) if phrase else None
+            shares = list(maps.values())[-1][0].cpu()  # [A, h, w]
+            found = [one.float().cpu() for one in text_maps(encoder, pixels, _phrase_features(encoder, phrase))] if phrase else None
         chosen, said = chosen_head(shares, head)
         figures = {key: float(value) for key, value in attention_figures(chosen).items()}
         where = f"{list(maps)[-1]} of {depth}, {said}; entropy {figures['entropy']:.2f}, distance {figures['distance']:.1f} patches"
@@ -174,7 +174,7 @@ def build_inside(desk: Desk, encoders: Sequence[tuple[str, Any]], picker: gr.Ima
     names = list(inside.encoders)
     if names:
         depth = max(len(encoder.network.blocks) for encoder, _ in inside.encoders.values())
-        heads = max(encoder.network.blocks[0].attn.num_heads for encoder, _ in inside.encoders.values())
+        heads = max(getattr(getattr(encoder.network.blocks[0], "attn", None), "num_heads", 1) for encoder, _ in inside.encoders.values())
         with gr.Row():
             one = gr.Dropdown(names, value=names[0], label="Encoder", elem_id="mm-encoder")
             other = gr.Dropdown([NONE, *names], value=names[1] if len(names) > 1 else NONE, label="Beside it", elem_id="mm-encoder-2")

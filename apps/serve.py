@@ -112,17 +112,6 @@ def make_app(models: dict[str, Any], config: ServeConfig) -> Any:
         headers = {"retry-after": "1"} if error.code == "busy" else {}
         return JSONResponse(error_body(str(error), error.code, error.param), error.status, headers)
 
-    async def read(request: Request) -> bytes:
-        """The body, up to the limit: a client's word on its length is not taken."""
-        if token and not hmac.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {token}".encode()):
-            raise RequestError("the token is missing or wrong", 401, "invalid_api_key")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > config.max_megabytes * 2**20:
-                raise RequestError(f"the request is larger than {config.max_megabytes:g} MB", 413, "too_large")
-        return bytes(body)
-
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -140,7 +129,7 @@ def make_app(models: dict[str, Any], config: ServeConfig) -> Any:
         from anyio import to_thread
 
         try:
-            body = await read(request)
+            body = await body_of(request, token, config.max_megabytes)
             return await to_thread.run_sync(answer, body)
         except RequestError as error:
             return refused(error)
@@ -161,6 +150,22 @@ def make_app(models: dict[str, Any], config: ServeConfig) -> Any:
         return JSONResponse(completion(name, cut_at_stop(text, asked.stop), usage, finish))
 
     return app
+
+
+async def body_of(request: Any, token: str, max_megabytes: float) -> bytes:
+    """The body of a request, up to the limit: a client's word on its length is not taken.
+
+    Raises:
+        RequestError: The token is missing or wrong, or the body is too large.
+    """
+    if token and not hmac.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {token}".encode()):
+        raise RequestError("the token is missing or wrong", 401, "invalid_api_key")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_megabytes * 2**20:
+            raise RequestError(f"the request is larger than {max_megabytes:g} MB", 413, "too_large")
+    return bytes(body)
 
 
 def understood(body: bytes, limits: Limits) -> Asked:

@@ -4,14 +4,17 @@
     votes.add(Vote(question="how many?", kind="count", first="clip", second="uta", choice="first", ...))
     votes.export("votes.jsonl")
 
-A vote given while another process holds the file is kept in memory and written with the next one, or at the end.
+A vote given while another process holds the file is kept in memory and written with the next one, or by `close`; where the file is held
+even then, beside it as JSONL.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,7 +29,7 @@ from mmkit.pairs import Game
 
 Choice = Literal["first", "second", "tie", "both_bad"]
 SCORES: dict[Choice, float] = {"first": 1.0, "second": 0.0, "tie": 0.5, "both_bad": 0.5}
-WAIT = 2.0  # seconds for another process to let go of the file
+WAIT, LAST_WAIT = 2.0, 15.0  # seconds for another process to let go of the file: with each vote, and at the end
 KINDS = {  # of a free question, by its words; the first that fits
     "count": r"\bhow many\b|\bcount\b|\bnumber of\b",
     "colour": r"\bcolou?rs?\b",
@@ -122,6 +125,18 @@ class Votes:
             self.waiting = []
             return True
 
+    def close(self, wait: float = LAST_WAIT) -> Path:
+        """Write what waits, for the last time; gives the file that holds it: the votes' own, or, where that cannot be written, one beside it."""
+        try:
+            if self.flush(wait):
+                return self.path
+        except DataError as error:
+            print(error, file=sys.stderr)
+        beside = self.path.with_name(f"{self.path.stem}.waiting-{os.getpid()}.jsonl")
+        atomic_write(beside, _lines(self.waiting))
+        print(f"{self.path} could not be written: {len(self.waiting)} votes are in {beside}", file=sys.stderr)
+        return beside
+
     def all(self) -> list[Vote]:
         """Every vote, the oldest first, those that wait included.
 
@@ -142,8 +157,13 @@ class Votes:
     def export(self, path: Path | str) -> int:
         """Write all votes as JSONL; gives their number."""
         votes = self.all()
-        atomic_write(Path(path), "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
+        atomic_write(Path(path), _lines(votes))
         return len(votes)
+
+
+def _lines(votes: Sequence[Vote]) -> str:
+    """Votes as JSONL."""
+    return "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes)
 
 
 def by_kind(votes: Sequence[Vote]) -> dict[str, list[Vote]]:

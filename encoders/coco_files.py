@@ -143,16 +143,23 @@ class LeftOut:
         self.examples: dict[str, list[str]] = {}
 
     def note(self, kind: str, example: str) -> None:
+        """Leave something out that is no fault of the file."""
         self.counts[kind] += 1
         if len(shown := self.examples.setdefault(kind, [])) < EXAMPLES:
             shown.append(example)
 
     def fault(self, kind: str, example: str, remedy: str) -> None:
+        """Refuse a fault of the file, or leave it out where that was asked for.
+
+        Raises:
+            DataError: Faults are errors; the file, the example and the remedy are named.
+        """
         if self.on_bad == "error":
             raise DataError(f"{self.file}: {example}: {kind}. {remedy}, or leave such things out, counted, with --data.on_bad_sample skip")
         self.note(kind, example)
 
     def lines(self) -> dict[str, str]:
+        """What was left out, a line for each kind."""
         return {kind: f"{self.counts[kind]} x {kind} ({', '.join(self.examples[kind])})" for kind in self.counts}
 
 
@@ -193,7 +200,7 @@ def read_coco(
         CocoImage(number, row["file_name"], row["width"], row["height"], tuple(row["objects"]), tuple(row["captions"]))
         for number, row in sorted(found.items())
     ]
-    images = there(images, root, rest, keep_empty)
+    images = on_disk(images, root, rest, keep_empty)
     if not images:
         why = "; ".join((left_out | rest.lines()).values()) or "it lists none"
         raise DataError(f"{instances or captions}: no image is left to train on: {why}")
@@ -201,7 +208,7 @@ def read_coco(
     return CocoSet(root, tuple(images), classes, left_out | rest.lines(), content, joints=joints)
 
 
-def there(images: Sequence[CocoImage], root: Path, rest: LeftOut, keep_empty: bool) -> list[CocoImage]:
+def on_disk(images: Sequence[CocoImage], root: Path, rest: LeftOut, keep_empty: bool) -> list[CocoImage]:
     """Keep images that are on disk and have something to say."""
     kept = []
     present = {path.name for path in root.iterdir()}  # one listing: asking for 118,000 files one by one takes minutes on a network disk
@@ -252,6 +259,11 @@ def classes_of(content: Mapping[str, Any], file: Path | str) -> Classes:
 
 
 def image_rows(content: Mapping[str, Any], file: Path) -> dict[int, dict[str, Any]]:
+    """The file's images by id, each with its name and size and empty lists for what is said about it.
+
+    Raises:
+        DataError: An image lacks a field, has no pixels, or is there twice.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for row in content["images"]:
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from encoders.coco_files import CocoImage, CocoObject, CocoSet, LeftOut, OnBad, classes_of, image_rows, load_coco_json, there
+from encoders.coco_files import CocoImage, CocoObject, CocoSet, LeftOut, OnBad, classes_of, image_rows, load_coco_json, on_disk
 from mmkit.errors import DataError
 
 VOID = 0
@@ -92,7 +92,7 @@ def read_panoptic(root: Path, file: Path, pngs: Path | None = None, on_bad: OnBa
     images = [
         CocoImage(number, row["file_name"], row["width"], row["height"], tuple(row["objects"])) for number, row in sorted(rows.items())
     ]
-    images = there(images, root, out, keep_empty=False)
+    images = on_disk(images, root, out, keep_empty=False)
     if not images:
         raise DataError(f"{file}: no image is left to train on: {'; '.join(out.lines().values()) or 'it lists none'}")
     things = tuple(kinds[number] for number in classes.ids)

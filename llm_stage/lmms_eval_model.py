@@ -162,7 +162,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], where: str) -> ChatRequ
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The answer before the first of the stop words; one that is only space counts where it ends the answer's first line."""
+    """The answer before the first of the stop words."""
     for word in until:
         if word:
             text = text.split(word)[0]

@@ -4,6 +4,9 @@
     lmms-eval --model mmkit --model_args pretrained=runs/stage2/model --include_path tasks/mini --tasks mmkit_mini_vqa
 
 So models of other people are asked what mmkit's are asked, and a figure can be checked by a second program. Nothing is downloaded.
+
+The wheel of lmms-eval 0.7.2 lacks the templates of its own tasks, without which its command line does not start: install it from its source, or
+call `lmms_eval.evaluator.simple_evaluate` with `TaskManager(include_path=FOLDER, include_defaults=False)`, which needs none of them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class LmmsTaskConfig:
     questions: str = field(default="", metadata={"help": "the benchmark's question file"})
     annotations: str = field(default="", metadata={"help": "the file of the answers, where it is another one"})
     images: str = field(default="", metadata={"help": "folder of the pictures"})
+    ocr: str = field(default="", metadata={"help": "TextVQA's Rosetta file, for textvqa_ocr"})
     split: str = field(default="", metadata={"help": "of a file that holds several; empty is the row's own"})
     limit: int = field(default=0, metadata={"help": "the first so many questions; 0: all"})
     out: str = field(default="", metadata={"help": "folder for the task, for lmms-eval's --include_path"})
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = Path(config.out)
     if out.exists() and not config.overwrite:
         raise ConfigError(f"{out} exists already; name another folder, or add --overwrite")
-    items, _ = read_items(config.questions, config.annotations or None, config.images, config.limit, row, split=config.split)
+    more: dict[str, Any] = {"split": config.split, "ocr": Path(config.ocr) if config.ocr else None}
+    items, _ = read_items(config.questions, config.annotations or None, config.images, config.limit, row, **more)
     place = out.resolve()
     with atomic_folder(out, overwrite=config.overwrite) as folder:
         lines = [json.dumps(document(item, row, Path(config.images).resolve()), ensure_ascii=False) for item in items]
@@ -145,7 +149,6 @@ def mean_percent(rows: Sequence[Mapping[str, Any]]) -> float:
     return 100 * sum(float(row["score"]) for row in rows) / len(rows)
 
 
-@lru_cache(maxsize=1)
 def _item(name: str, packed: str) -> VqaItem:
     facts = json.loads(packed)
     return VqaItem(json.loads(name), facts["question"], "", "", facts["kind"], tuple(facts["answers"]), facts["facts"])

@@ -162,8 +162,9 @@ def compare_on(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]
         rows.append({"benchmark": benchmark, "kind": "F1", "first": first.name, "second": second.name, "left_out": left_out, **f1})
     if found[0][0].main.startswith("cider"):
         for row in rows:
-            row |= {"p": _normal_p(row), "p_is": "normal"}
-            row.pop("only_first", None), row.pop("only_second", None)
+            row |= {"p": _normal_p(row), "p_is": "normal"}  # a caption is not right or wrong: no McNemar
+            for name in ("only_first", "only_second"):
+                row.pop(name, None)
     return rows
 
 

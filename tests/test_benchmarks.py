@@ -16,7 +16,7 @@ from benchmark_tiny import MAKERS, Tiny, save
 from llava_tiny import tiny_llm, tiny_tower
 from PIL import Image
 
-from llm_stage import eval_vqa
+from llm_stage import eval_vqa, lmms_task
 from llm_stage.asking import request_for
 from llm_stage.benchmark_scores import SCORERS
 from llm_stage.benchmarks import BENCHMARKS, CONTROLS, PROMPTS, READERS, choose, controlled, own_row, read_items
@@ -117,6 +117,20 @@ def test_a_model_that_is_always_right_scores_100_on_every_row(tmp_path: Path, mo
             assert value["value"] == 100.0, metric
             assert value["ci95"][1] == 100.0
     assert {row["question_id"] for row in map(json.loads, (tmp_path / "out" / "scores.jsonl").read_text().splitlines())} == set(tiny.right)
+
+
+@pytest.mark.parametrize("name", VQA_ROWS)
+def test_every_row_becomes_a_task_of_lmms_eval_with_the_same_scores(tmp_path: Path, name: str) -> None:
+    tiny = made(tmp_path, name)
+    words = [word for key, value in tiny.flags.items() for word in (f"--{key}", value)]
+    folder = lmms_task.main([name, *words, "--out", str(tmp_path / "task")])
+    docs = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {json.loads(doc["question_id"]) for doc in docs} == set(tiny.right)
+    assert any(doc["image"] for doc in docs)  # ScienceQA also asks without one
+    for doc in docs:
+        assert len(lmms_task.doc_to_visual(doc)) == bool(doc["image"])
+        (scored,) = lmms_task.process_results(doc, [tiny.right[json.loads(doc["question_id"])]]).values()
+        assert scored["score"] == 1.0
 
 
 @pytest.mark.parametrize("name", VQA_ROWS)

@@ -14,6 +14,7 @@ from test_demo_tabs import write_run
 
 from apps import demo
 from apps.chat_session import ModelShelf
+from apps.votes import Votes
 from llm_stage.chat_format import ChatFormat
 from llm_stage.generate import ChatModel
 from llm_stage.llava import build_llava
@@ -40,7 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "slow", " ".join(f"word{number}" for number in range(6000)), 0.05
     )  # it never comes to its end, however long a busy machine takes to press Stop
     shelf = ModelShelf([tiny_chat("tiny"), slow, Scripted("broken", error=RuntimeError("the tower's <b>width</b> does not fit"))])
-    blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in IMAGES], votes=place / "votes.sqlite", runs=place)
+    blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in IMAGES], votes=Votes(place / "votes.sqlite"), runs=place)
     yield demo.launch(blocks)
     blocks.close()
 
@@ -51,7 +52,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     place = tmp_path_factory.mktemp("pair")
     write_run(place / "runs/mine")
     shelf, votes = ModelShelf([tiny_chat("one"), tiny_chat("two", 1)]), place / "votes.sqlite"
-    blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in IMAGES], votes=votes, runs=place / "runs")
+    blocks = demo.build_page(shelf, [picture(colour, (96, 96)) for colour in IMAGES], votes=Votes(votes), runs=place / "runs")
     yield demo.launch(blocks), votes
     blocks.close()
 
@@ -283,7 +284,7 @@ def test_the_page_has_no_serious_finding_of_axe(pair: tuple[str, Path], watched:
 
 def test_a_password_is_asked_before_anything_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(demo.PASSWORD, "open sesame")
-    blocks = demo.build_page(ModelShelf([Scripted("a")]), votes=tmp_path / "votes.sqlite", runs=tmp_path)
+    blocks = demo.build_page(ModelShelf([Scripted("a")]), votes=Votes(tmp_path / "votes.sqlite"), runs=tmp_path)
     try:
         url = demo.launch(blocks)
         assert httpx.get(f"{url}config").status_code == 401

@@ -124,7 +124,8 @@ def test_a_bell_is_found_where_it_was_put(world: Path) -> None:
     keypoints = torch.tensor(
         [[[0.45, 0.38, 2.0], [0.6, 0.45, 2.0], [5.0, 0.5, 2.0]], [[0.7, 0.6, 2.0], [0.72, 0.8, 0.0], [0.68, 0.88, 1.0]]]
     )
-    bells, weights = head.wanted({"boxes": boxes, "keypoints": keypoints})
+    wanted, weights = head.places({"boxes": boxes, "keypoints": keypoints})
+    bells = head.bells(wanted)
     assert weights.tolist() == [[1, 1, 0], [1, 0, 1]]
     places, height = peaks(bells)
     crops = head.crops(boxes)

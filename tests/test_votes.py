@@ -99,6 +99,21 @@ def test_a_vote_given_while_another_process_holds_the_file_is_kept_and_written_l
     assert [vote.question for vote in Votes(votes.path).all()] == ["one?", "two?", "three?"]
 
 
+def test_a_vote_that_still_waits_at_the_end_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    votes = Votes(tmp_path / "votes.sqlite", wait=0.1)
+    votes.add(Vote("one?", "a", "b", "first"))
+    assert votes.close() == votes.path
+    holder = sqlite3.connect(votes.path)
+    holder.execute("BEGIN IMMEDIATE")
+    votes.add(Vote("two?", "a", "b", "second"))
+    beside = votes.close(wait=0.1)
+    assert [json.loads(line)["question"] for line in beside.read_text().splitlines()] == ["two?"]
+    assert str(beside) in capsys.readouterr().err
+    holder.close()
+    assert votes.close() == votes.path
+    assert [vote.question for vote in Votes(votes.path).all()] == ["one?", "two?"]
+
+
 def test_files_and_choices_that_are_none_are_refused(tmp_path: Path) -> None:
     broken = tmp_path / "votes.sqlite"
     broken.write_text("these are no votes " * 100)

@@ -87,31 +87,34 @@ class PoseHead(Head):
         cells = roi_align(feature_map, rois, (self.config.crop_height, self.config.crop_width), sampling_ratio=2, aligned=True)
         return self.decoder(cells), torch.cat(crops)
 
-    def wanted(self, target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the heatmaps of one image's objects should be [n, K, H, W], and which count [n, K]: visible, and inside the crop."""
-        height, width = self.config.crop_height * UPSCALED, self.config.crop_width * UPSCALED
-        keypoints = target["keypoints"].float()
+    def places(self, target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where one image's keypoints lie in their heatmaps, x and y in pixels [n, K, 2], and which count [n, K]: visible, and inside the crop."""
+        size = torch.tensor([self.config.crop_width, self.config.crop_height]).to(target["boxes"]) * UPSCALED
         crop = self.crops(target["boxes"])[:, None]  # [n, 1, 4]
-        place = (keypoints[..., :2] - crop[..., :2]) / crop[..., 2:] * torch.tensor([width, height]).to(crop) - 0.5  # [n, K, 2]
-        inside = (place > -0.5).all(-1) & (place[..., 0] < width - 0.5) & (place[..., 1] < height - 0.5)
-        across = torch.arange(width).to(crop) - place[..., :1]  # [n, K, W]
-        down = torch.arange(height).to(crop) - place[..., 1:]
-        bell = torch.exp(-(down[..., :, None] ** 2 + across[..., None, :] ** 2) / (2 * self.config.spread**2))
-        return bell, (inside & (keypoints[..., 2] > 0)).float()
+        place = (target["keypoints"][..., :2] - crop[..., :2]) / crop[..., 2:] * size - 0.5
+        inside = ((place > -0.5) & (place < size - 0.5)).all(-1)
+        return place, (inside & (target["keypoints"][..., 2] > 0)).float()
+
+    def bells(self, places: Tensor) -> Tensor:
+        """What the heatmaps should be [..., H, W]: a bell of height 1 around each place [..., 2]."""
+        height, width = self.config.crop_height * UPSCALED, self.config.crop_width * UPSCALED
+        across = torch.arange(width).to(places) - places[..., :1]  # [..., W]
+        down = torch.arange(height).to(places) - places[..., 1:]
+        return torch.exp(-(down[..., :, None] ** 2 + across[..., None, :] ** 2) / (2 * self.config.spread**2))
 
     def counts(self, targets: Targets) -> dict[str, float]:
         """Count keypoints that a loss is taken of."""
-        return {"keypoints": sum(float(self.wanted(target)[1].sum()) for target in targets)}
+        return {"keypoints": sum(float(self.places(target)[1].sum()) for target in targets)}
 
     def forward(self, feature_map: Tensor, targets: Targets, counts: Mapping[str, float] | None = None) -> tuple[Tensor, Terms]:
         """Give the mean squared difference of heatmaps, over keypoints that count; see `Head.forward`."""
         feature_map = self.check(feature_map, targets)
         counts = divisors(self.counts(targets)) if counts is None else counts
-        pairs = [self.wanted(target) for target in targets]
-        bells, weights = (torch.cat([pair[place] for pair in pairs]).to(feature_map.device) for place in (0, 1))
+        placed = [self.places(target) for target in targets]
+        places, weights = (torch.cat([pair[part] for pair in placed]).to(feature_map.device) for part in (0, 1))
         with torch.autocast(feature_map.device.type, enabled=False):
-            found, _ = self.heatmaps(feature_map, targets)
-            loss = (((found - bells) ** 2).flatten(2).mean(-1) * weights).sum() / counts["keypoints"]
+            found, _ = self.heatmaps(feature_map, targets)  # [N, K, H, W]
+            loss = (((found - self.bells(places)) ** 2).flatten(2).mean(-1) * weights).sum() / counts["keypoints"]
         return loss, {"heatmap": loss}
 
     @torch.no_grad()

@@ -146,9 +146,10 @@ class _Builder:
         scenes = {split: list(self._scenes(split)) for split in SCENE_SPLITS}
         chosen = {split: formats.choose_questions(items) for split, items in scenes.items()}
         for split, items in scenes.items():
-            self._json(f"coco/instances_{split}.json", formats.coco_instances(items))
+            instances = formats.coco_instances(items)
+            self._json(f"coco/instances_{split}.json", instances)
             self._json(f"coco/captions_{split}.json", formats.coco_captions(items))
-            self._json(f"coco/keypoints_{split}.json", formats.coco_keypoints(items))
+            self._json(f"coco/keypoints_{split}.json", formats.coco_keypoints(items, instances))
             self._panoptic(split, items)
             asked, answered = formats.vqa_files(chosen[split], split)
             self._json(f"vqa/questions_{split}.json", asked)

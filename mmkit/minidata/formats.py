@@ -75,14 +75,16 @@ KEYPOINTS = ("top", "bottom", "left_end", "right_end")  # where what is visible 
 KEYPOINT_SIGMA = 0.08  # about as exact as COCO's shoulders
 
 
-def coco_keypoints(scenes: Sequence[Numbered]) -> dict[str, Any]:
+def coco_keypoints(scenes: Sequence[Numbered], instances: dict[str, Any]) -> dict[str, Any]:
     """COCO keypoints: the instances, with the ends of each drawing's visible part as its keypoints."""
-    content = coco_instances(scenes)
     masks = (placed.mask for item in scenes for placed in item.scene.objects)
-    for row, mask in zip(content["annotations"], masks, strict=True):
-        row |= {"keypoints": _ends(mask), "num_keypoints": len(KEYPOINTS)}
+    rows = [
+        {**row, "keypoints": _ends(mask), "num_keypoints": len(KEYPOINTS)}
+        for row, mask in zip(instances["annotations"], masks, strict=True)
+    ]
     names = {"keypoints": list(KEYPOINTS), "skeleton": [[1, 2], [3, 4]], "sigmas": [KEYPOINT_SIGMA] * len(KEYPOINTS)}
-    return {**content, "info": _info("keypoints"), "categories": [{**row, **names} for row in content["categories"]]}
+    categories = [{**row, **names} for row in instances["categories"]]
+    return {**instances, "info": _info("keypoints"), "categories": categories, "annotations": rows}
 
 
 def _ends(mask: np.ndarray) -> list[float]:
