@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 llm_stage/eval_retrieval.py --model M --captions dataset_coco.json --images coco --out OUT
 
 The caption file may be COCO's, Karpathy's, ALBEF's and LAVIS' or Flickr's (see `encoders/captions.py`). answers.jsonl has a line a query with
-both ranks; a second start with --resume goes on there.
+both ranks. Processes divide the images; until all are matched, matches.jsonl has a line for each that is, and --resume goes on there.
 """
 
 import hashlib
@@ -26,15 +26,19 @@ from tqdm import tqdm
 from encoders.captions import Captioned, read_captions
 from encoders.image_batches import batches
 from llm_stage.qformer_folder import QFormerParts, load_qformer
-from llm_stage.qformer_retrieval import RERANKED, Candidates, best_by_itc, reranked_images, reranked_texts
+from llm_stage.qformer_retrieval import RERANKED, Candidates, Matches, best_by_itc, match_texts, sought
 from llm_stage.qformer_text import clean_caption
+from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError
-from mmkit.evaluation import EvaluationFolder, Ranks, merge_parts, part_records, relative, share_metric
+from mmkit.evaluation import ANSWERS, EvaluationFolder, Ranks, merge_parts, part_records, relative, share_metric
 from mmkit.images import ImageError
+from mmkit.ranks import gather
+from mmkit.records import read_jsonl
 from mmkit.retrieval import RECALL_AT
 from mmkit.stats import DRAWS, mean_interval
 
+MATCHES = "matches"
 DIRECTIONS = ("text_retrieval", "image_retrieval")
 
 
@@ -79,18 +83,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config = load_config(EvalConfig, argv)
     start = time.monotonic()
-    folder = EvaluationFolder(config.out, "eval_retrieval", resume=config.resume, overwrite=config.overwrite)
+    own = (ANSWERS, MATCHES)
+    folder = EvaluationFolder(config.out, "eval_retrieval", resume=config.resume, overwrite=config.overwrite, records=own)
     folder.refuse()
     data = read_captions(Path(config.captions), Path(config.images), config.split, config.captions_per_image)
     ranks = Ranks(config.device)
     parts = load_qformer(config.model).to(ranks.device)
     folder.open(identify(data, parts, config), ranks)
-    queries = Queries(parts, data, config, ranks)
-    with part_records(folder.path, ranks) as (records, done):
-        wanted = [name for name in ranks.share(queries.names) if name not in done]
-        for name in tqdm(wanted, desc=f"{config.benchmark} · {Path(config.model).parent.name}", unit="query", disable=not ranks.first):
-            records.append(queries.answer(name))
-    rows = merge_parts(folder.path, queries.names, ranks)
+    answers = folder.path / f"{ANSWERS}.jsonl"
+    if not answers.is_file():
+        found = answer(parts, data, config, ranks, folder.path)
+        ranks.wait()
+        if ranks.first:
+            atomic_write(answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+            (folder.path / f"{MATCHES}.jsonl").unlink(missing_ok=True)
+    ranks.wait()
+    rows = read_jsonl(answers)
     if ranks.first:
         summary = summarise(rows, data, parts, config, ranks)
         summary["seconds"] = round(time.monotonic() - start, 1)
@@ -109,85 +117,101 @@ def identify(data: Captioned, parts: QFormerParts, config: EvalConfig) -> dict[s
     }  # fmt: skip
 
 
-class Queries:
-    """All queries of a caption file: "text_retrieval/IMAGE" and "image_retrieval/NUMBER", and their answers."""
+def answer(parts: QFormerParts, data: Captioned, config: EvalConfig, ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+    """Give a row for each query, "text_retrieval/IMAGE" and "image_retrieval/NUMBER": its ranks, and what stands first."""
+    states, images = encode_images(parts, data, config, ranks)
+    ids, mask, texts = encode_texts(parts, data.captions, ranks)
+    by_image, by_text = best_by_itc(images, texts, max(config.k, *RECALL_AT))
+    after = by_image, by_text
+    if config.k:
+        found = match(parts, states, ids, mask, sought(by_image, by_text, config.k), data, config, ranks, folder)
+        after = found.rerank(by_image, config.k, of_images=True), found.rerank(by_text, config.k, of_images=False)
+    own: list[list[int]] = [[] for _ in data.paths]
+    for caption, image in enumerate(data.owner):
+        own[image].append(caption)
+    about = [{"image": path, "label": data.captions[right[0]]} for path, right in zip(data.paths, own, strict=True)]
+    named = [f"text_retrieval/{path}" for path in data.paths]
+    rows = _rows(DIRECTIONS[0], named, about, data.captions, own, by_image, after[0])
+    about = [{"question": text, "label": data.paths[i], "image": data.paths[i]} for text, i in zip(data.captions, data.owner, strict=True)]
+    named = [f"image_retrieval/{number}" for number in range(len(data.captions))]
+    return rows + _rows(DIRECTIONS[1], named, about, data.paths, [[image] for image in data.owner], by_text, after[1])
 
-    def __init__(self, parts: QFormerParts, data: Captioned, config: EvalConfig, ranks: Ranks) -> None:
-        self.parts, self.data, self.config = parts, data, config
-        self.names = [f"text_retrieval/{path}" for path in data.paths] + [
-            f"image_retrieval/{number}" for number in range(len(data.captions))
-        ]
-        self.place = {name: number for number, name in enumerate(self.names)}
-        self.states, images = encode_images(parts, data, config, ranks)
-        self.ids, self.mask, texts = encode_texts(parts, data.captions, ranks.device)
-        best = max(config.k, max(RECALL_AT))
-        self.by_image, self.by_text = best_by_itc(images, texts, best)
-        self.own: list[list[int]] = [[] for _ in data.paths]
-        for caption, image in enumerate(data.owner):
-            self.own[image].append(caption)
 
-    def answer(self, name: str) -> dict[str, Any]:
-        """Give the row of one query: its rank by contrast, its rank after matching, and what stands first."""
-        data, number = self.data, self.place[name]
-        text = number < len(data.paths)
-        row = number if text else number - len(data.paths)
-        found, right = (self.by_image, self.own[row]) if text else (self.by_text, [data.owner[row]])
-        items = data.captions if text else data.paths
-        before = Candidates(found.index[row : row + 1], found.score[row : row + 1])
-        after = before if not self.config.k else self._matched(text, found, row)
-        itc, rank = (int(some.ranks([right], len(items))[0]) for some in (before, after))
-        kind = DIRECTIONS[0] if text else DIRECTIONS[1]
-        about = (
-            {"image": data.paths[row], "label": data.captions[right[0]]}
-            if text
-            else {"question": data.captions[row], "label": data.paths[right[0]]}
-        )
-        image = data.paths[row] if text else data.paths[right[0]]
-        first = items[int(after.index[0, 0])]
-        return {
-            "question_id": name,
+def _rows(
+    kind: str, names: Sequence[str], about: Sequence[Mapping[str, str]], items: Sequence[str], right: Sequence[Sequence[int]],
+    before: Candidates, after: Candidates,
+) -> list[dict[str, Any]]:  # fmt: skip
+    itc, ranks = (found.ranks(right, len(items)).tolist() for found in (before, after))
+    first = [items[index] for index in after.index[:, 0].tolist()]
+    return [
+        {
+            "question_id": names[i],
             "kind": kind,
-            **about,
-            "image": image,
-            "answer": first,
-            "top1": int(rank < 1),
-            "rank": rank,
-            "itc_rank": itc,
+            **about[i],
+            "answer": first[i],
+            "top1": int(ranks[i] < 1),
+            "rank": ranks[i],
+            "itc_rank": itc[i],
         }
+        for i in range(len(names))
+    ]
 
-    def _matched(self, text: bool, found: Candidates, row: int) -> Candidates:
-        match = reranked_texts if text else reranked_images
-        return match(self.parts.qformer, self.states.__getitem__, self.ids, self.mask, found, row, self.config.k, self.config.batch_size)
+
+def match(
+    parts: QFormerParts, states: Mapping[int, Tensor], ids: Tensor, mask: Tensor, wanted: Sequence[Tensor], data: Captioned,
+    config: EvalConfig, ranks: Ranks, folder: Path,
+) -> Matches:  # fmt: skip
+    """Match each image with its texts; each process takes its share of the images, and leaves a line for each in matches.jsonl."""
+    with part_records(folder, ranks, MATCHES) as (records, done):
+        mine = [image for image in ranks.share(range(len(data.paths))) if image not in done]
+        title = f"{config.benchmark} · {Path(config.model).parent.name}"
+        with tqdm(total=sum(len(wanted[image]) for image in mine), desc=title, unit="pair", disable=not ranks.first) as progress:
+            for image in mine:
+                logits = match_texts(parts.qformer, states[image], ids, mask, wanted[image], config.batch_size)
+                records.append({"question_id": image, "texts": wanted[image].tolist(), "logits": logits.tolist()})
+                progress.update(len(logits))
+    rows = merge_parts(folder, range(len(data.paths)), ranks, MATCHES)
+    matched = [torch.tensor(row["texts"], dtype=torch.long, device=ranks.device) for row in rows]
+    return Matches(matched, [torch.tensor(row["logits"], device=ranks.device) for row in rows], len(data.captions))
 
 
 @torch.no_grad()
-def encode_images(parts: QFormerParts, data: Captioned, config: EvalConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Give normalised tokens [N, n, W] and joint rows [N, Q, E] of all images, on the device; with the control, of the next image.
+def encode_images(parts: QFormerParts, data: Captioned, config: EvalConfig, ranks: Ranks) -> tuple[dict[int, Tensor], Tensor]:
+    """Give normalised tokens [n, W] of this process's images by number, and joint rows [N, Q, E] of all; on the device.
+
+    With the control, an image's picture is that of the image before it.
 
     Raises:
         ImageError: One cannot be read.
     """
-    states, rows = [], []
-    for names, images, broken in batches(data.source, data.paths, parts.spec, config.batch_size, config.workers):
+    shown = [data.paths[-1], *data.paths[:-1]] if config.shuffle_images else data.paths
+    mine, states, rows = list(ranks.share(range(len(shown)))), [], []
+    for names, images, broken in batches(data.source, ranks.share(shown), parts.spec, config.batch_size, config.workers):
         if broken:
             raise ImageError(f"{broken[0].reason}\n  mend it, or take its captions out of {config.captions}")
         assert names
         image = parts.qformer.image_states(parts.features(images.to(ranks.device)))
-        states.append(image)
+        states += list(image)
         rows.append(parts.qformer.image_embeddings(parts.qformer.queries(image)))
-    found, joint = torch.cat(states), torch.cat(rows)
-    return (found.roll(1, 0), joint.roll(1, 0)) if config.shuffle_images else (found, joint)
+    return dict(zip(mine, states, strict=True)), _joined(rows, ranks)
 
 
 @torch.no_grad()
-def encode_texts(
-    parts: QFormerParts, captions: Sequence[str], device: torch.device, batch_size: int = 256
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give ids, mask [M, T] and joint rows [M, E] of captions."""
-    ids, mask = (part.to(device) for part in parts.tokenizer([clean_caption(text) or text for text in captions]))
-    model = parts.qformer
-    rows = [model.text_embeddings(model.text(ids[i : i + batch_size], mask[i : i + batch_size])) for i in range(0, len(ids), batch_size)]
-    return ids, mask, torch.cat(rows)
+def encode_texts(parts: QFormerParts, captions: Sequence[str], ranks: Ranks, batch_size: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Give ids, mask [M, T] and joint rows [M, E] of captions; each process reads its share."""
+    ids, mask = (part.to(ranks.device) for part in parts.tokenizer([clean_caption(text) or text for text in captions]))
+    model, mine = parts.qformer, torch.tensor(ranks.share(range(len(ids))), device=ranks.device)
+    rows = [model.text_embeddings(model.text(ids[some], mask[some])) for some in mine.split(batch_size)]
+    return ids, mask, _joined(rows, ranks)
+
+
+def _joined(mine: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """Rows of all processes, in the order of what `Ranks.share` divided; a process may have none."""
+    shares = [share for share in gather(torch.cat(list(mine)).cpu() if mine else None) if share is not None]
+    found = torch.empty(sum(map(len, shares)), *shares[0].shape[1:], device=ranks.device)
+    for rank, share in enumerate(shares):
+        found[rank :: ranks.count] = share.to(ranks.device)
+    return found
 
 
 # ---- the summary ---------------------------------------------------------------------------------------------------------------------

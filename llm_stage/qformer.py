@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from llm_stage.qformer_images import ImageAttention, ImageTokens, Reading
 from mmkit.errors import ConfigError, DataError
 
 
@@ -133,6 +134,8 @@ class QFormer(nn.Module):
         body._attn_implementation = "sdpa"
         self.embeddings = Blip2TextEmbeddings(body)
         self.qformer = Blip2QFormerModel(body)
+        for layer in self.qformer.encoder.layer[:: config.cross_attention_every]:
+            layer.crossattention.attention = ImageAttention(body, is_cross_attention=True)
         self.cls = LanguageHead(config.width, config.vocabulary)
         self.vision_projection = nn.Linear(config.width, config.joint_width)
         self.text_projection = nn.Linear(config.width, config.joint_width)
@@ -176,25 +179,25 @@ class QFormer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.ln_vision(features.to(self.ln_vision.weight.dtype))
 
-    def _run(self, embedded: Tensor, queries: int, mask: Tensor | None, image: Tensor | None) -> Tensor:
-        out: Tensor = self.qformer(
-            query_embeds=embedded, query_length=queries, attention_mask=mask, encoder_hidden_states=image
-        ).last_hidden_state
+    def _run(self, embedded: Tensor, queries: int, mask: Tensor | None, image: Tensor | Reading | None) -> Tensor:
+        reading = Reading(ImageTokens(image)) if isinstance(image, Tensor) else image
+        more = {} if reading is None else {"encoder_hidden_states": reading.parts[0].states, "reading": reading}
+        out: Tensor = self.qformer(query_embeds=embedded, query_length=queries, attention_mask=mask, **more).last_hidden_state
         return out
 
     def queries(self, image: Tensor) -> Tensor:
-        """Let the queries read images alone: [B, Q, D]."""
+        """Let the queries read images [B, n, W] alone: [B, Q, D]."""
         return self._run(self.query_tokens.expand(len(image), -1, -1), self.config.queries, None, image)
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Read texts [B, T] alone: [B, T, D]. `mask` is 1 on words, 0 on padding."""
         return self._run(self.embeddings(input_ids=ids), 0, mask, None)
 
-    def match(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def match(self, image: Tensor | Reading, ids: Tensor, mask: Tensor) -> Tensor:
         """Say whether text and image belong together: logits [B, 2], the second of "yes"; the mean over the queries.
 
         Args:
-            image: [B, n, W], or [1, n, W]: one image before B texts, whose keys and values are then computed once.
+            image: [B, n, W], or [1, n, W]: one image before B texts; or which image each of the texts is shown.
             ids: [B, T].
             mask: [B, T], 1 on words.
         """
@@ -203,11 +206,11 @@ class QFormer(nn.Module):
         whole = torch.cat([mask.new_ones(batch, queries), mask], dim=1)  # [B, Q + T], everything sees everything
         return self.itm_head(self._run(embedded, queries, whole, image)[:, :queries]).mean(dim=1)
 
-    def queries_and_caption(self, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def queries_and_caption(self, image: Tensor | Reading, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Let the queries read images, and the texts the queries and their own past: in one pass, since queries never see the text.
 
         Args:
-            image: [B, n, W].
+            image: [B, n, W], or which image each row reads.
             ids: [B, T], the first replaced by `dec`.
             mask: [B, T], 1 on words.
 

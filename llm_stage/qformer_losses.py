@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_stage.qformer import QFormer
+from llm_stage.qformer_images import ImageTokens, Reading
 from mmkit.ranks import rows_of_all_ranks
 
 SMOOTHING = 0.1  # of ITC's and ITG's targets
@@ -93,17 +94,17 @@ def stage1_loss(
     """
     config = model.config
     everyone = gather_pairs(pairs, config.pad)
-    image = model.image_states(pairs.features)
+    images = ImageTokens(model.image_states(pairs.features))
     ids, mask = everyone.ids[everyone.offset :][: len(pairs.ids)], everyone.mask[everyone.offset :][: len(pairs.ids)]
     written = ids.clone()
     written[:, 0] = config.dec
-    queries, logits = model.queries_and_caption(image, written, mask)
+    queries, logits = model.queries_and_caption(Reading(images), written, mask)
     image_rows, text_rows = model.image_embeddings(queries), model.text_embeddings(model.text(ids, mask))
     terms: dict[str, Tensor] = {}
     terms["itc"], to_text, to_image = itc_loss(image_rows, text_rows, model.temp[0], everyone.positive, both_sides)
     if weights[1]:
         drawn = negatives or hard_negatives(to_text, to_image, everyone, noise)
-        terms["itm"] = itm_loss(model, image, ids, mask, everyone, drawn)
+        terms["itm"] = itm_loss(model, images, ids, mask, everyone, drawn)
     if weights[2]:
         terms["itg"] = itg_loss(logits, written, mask, words)
     named: Mapping[str, float] = dict(zip(("itc", "itm", "itg"), weights, strict=True))
@@ -151,15 +152,20 @@ def hard_negatives(to_text: Tensor, to_image: Tensor, everyone: Everyone, noise:
     return drawn[0], drawn[1]
 
 
-def itm_loss(model: QFormer, image: Tensor, ids: Tensor, mask: Tensor, everyone: Everyone, drawn: tuple[Tensor, Tensor]) -> Tensor:
+def itm_loss(model: QFormer, images: ImageTokens, ids: Tensor, mask: Tensor, everyone: Everyone, drawn: tuple[Tensor, Tensor]) -> Tensor:
     """Tell the pairs [B] from their texts with another image and their images with another text: cross-entropy over 3 B rows [].
 
     Rows for which there was no negative count nothing.
     """
     other_image, other_text = drawn
-    other_states = model.image_states(everyone.features[other_image.clamp_min(0)])
+    own = torch.arange(len(ids), device=ids.device)
+    if len(everyone.ids) == len(ids):  # no other ranks: all images are here
+        reading = Reading(images, torch.cat([own, other_image.clamp_min(0), own]))
+    else:
+        others = ImageTokens(model.image_states(everyone.features[other_image.clamp_min(0)]))
+        reading = Reading((images, others), torch.cat([own, len(ids) + own, own]))
     logits = model.match(
-        torch.cat([image, other_states, image]),
+        reading,
         torch.cat([ids, ids, everyone.ids[other_text.clamp_min(0)]]),
         torch.cat([mask, mask, everyone.mask[other_text.clamp_min(0)]]),
     )

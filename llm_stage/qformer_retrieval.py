@@ -5,6 +5,8 @@ Letters: N images, M texts, Q queries, E joint width, n image tokens, T text tok
     ITC     the largest cosine over an image's queries, no temperature
     ITM     for the k best of each query: the logit of "yes" (mean over queries) plus the cosine; the others stay behind these
 
+Matching goes image by image, whichever way a pair is sought: its keys and values are computed once for all its texts.
+
 Source: LAVIS, lavis/models/blip2_models/blip2_qformer.py (compute_sim_matrix); k is 128 there. The paper does not mention the sum. Departure:
 LAVIS gives all others one score, so that recall beyond k depends on the order of the files.
 """
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from llm_stage.qformer import QFormer
+from llm_stage.qformer_images import ImageTokens, Reading
+from mmkit.errors import DataError
 
 CELLS = 4_000_000  # scores held at once
 RERANKED = 128
@@ -72,54 +76,84 @@ def _best(scores: Callable[[slice], Tensor], queries: int, items: int, k: int) -
     return Candidates(torch.cat([part.indices for part in found]), torch.cat([part.values for part in found]))
 
 
+def sought(by_image: Candidates, by_text: Candidates, k: int) -> list[Tensor]:
+    """Give the texts to match with each image: its own best k, and those that have it among theirs; a pair sought both ways is one pair.
+
+    Args:
+        by_image: Candidates of each image.
+        by_text: Candidates of each text.
+        k: How many of each count.
+    """
+    own, back = by_image.index[:, :k], by_text.index[:, :k]
+    images = torch.cat([torch.arange(len(own), device=own.device).repeat_interleave(own.shape[1]), back.flatten()])
+    texts = torch.cat([own.flatten(), torch.arange(len(back), device=own.device).repeat_interleave(back.shape[1])])
+    pairs = torch.unique(images * len(back) + texts)  # in order: image by image
+    counts = torch.bincount(pairs // len(back), minlength=len(own))
+    return list((pairs % len(back)).split(counts.tolist()))
+
+
 @torch.no_grad()
-def reranked_texts(
-    model: QFormer, states: Callable[[int], Tensor], ids: Tensor, mask: Tensor, found: Candidates, row: int, k: int, batch_size: int = 256
-) -> Candidates:
-    """Re-rank the first k texts of one image.
+def match_texts(model: QFormer, states: Tensor, ids: Tensor, mask: Tensor, texts: Tensor, batch_size: int = 256) -> Tensor:
+    """Match one image with some texts; its keys and values are computed once, and texts of like length stand together.
 
     Args:
         model: The Q-Former, asleep.
-        states: Image number to its normalised tokens [n, W] (`QFormer.image_states`), on the model's device.
+        states: The image's normalised tokens [n, W] (`QFormer.image_states`).
         ids: All texts [M, T].
         mask: [M, T].
-        found: The candidates of each image.
-        row: The image.
-        k: How many of its candidates are matched; the others stay behind them, by their cosine.
-        batch_size: Texts matched at once; the image's keys and values are computed once for them.
+        texts: Which of them [P].
+        batch_size: Texts matched at once.
 
     Returns:
-        All candidates of this image, [1, candidates].
+        The logit of "yes" of each [P], in float32.
     """
-    image, items = states(row)[None], found.index[row, :k]
-    logits = [model.match(image, *_trimmed(ids[some], mask[some]))[:, 1] for some in items.split(batch_size)]
-    return _reranked(found, row, torch.cat(logits))
+    reading = Reading(ImageTokens(states[None]))
+    lengths = mask[texts].sum(dim=1)
+    order = lengths.argsort(stable=True)
+    logits = torch.empty(len(texts), device=states.device)
+    for some in order.split(batch_size) if len(texts) else ():
+        longest, rows = int(lengths[some].max()), texts[some]
+        logits[some] = model.match(reading, ids[rows, :longest], mask[rows, :longest])[:, 1].float()
+    return logits
 
 
-@torch.no_grad()
-def reranked_images(
-    model: QFormer, states: Callable[[int], Tensor], ids: Tensor, mask: Tensor, found: Candidates, row: int, k: int, batch_size: int = 64
-) -> Candidates:
-    """Re-rank the first k images of one text; see `reranked_texts`. `states` gives [n, W] for each candidate."""
-    logits = []
-    for some in found.index[row, :k].split(batch_size):
-        image = torch.stack([states(int(item)) for item in some])
-        words = _trimmed(ids[row].expand(len(some), -1), mask[row].expand(len(some), -1))
-        logits.append(model.match(image, *words)[:, 1])
-    return _reranked(found, row, torch.cat(logits))
+class Matches:
+    """Logits of the pairs that were matched.
 
+    Args:
+        texts: Texts of each image, as `sought` gives them: in rising order.
+        logits: Their logits.
+        count: Number of texts in all.
+    """
 
-def _reranked(found: Candidates, row: int, logits: Tensor) -> Candidates:
-    k = len(logits)
-    scores = logits.float().to(found.score.device) + found.score[row, :k]
-    order = scores.argsort(descending=True, stable=True)
-    index = torch.cat([found.index[row, :k][order], found.index[row, k:]])
-    # Behind the matched ones the cosine's order counts, and no tie is to be seen.
-    rest = torch.arange(len(index) - k, device=scores.device, dtype=scores.dtype)
-    return Candidates(index[None], torch.cat([scores[order], BEHIND - rest])[None])
+    def __init__(self, texts: Sequence[Tensor], logits: Sequence[Tensor], count: int) -> None:
+        self.count = count
+        self.pairs = torch.cat([image * count + some for image, some in enumerate(texts)])
+        self.logits = torch.cat(list(logits))
 
+    def rerank(self, found: Candidates, k: int, of_images: bool) -> Candidates:
+        """Put the first k candidates of each query in the order of logit plus cosine; the others stay behind them, by their cosine.
 
-def _trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut off the padding that all have."""
-    length = int(mask.sum(dim=1).max())
-    return ids[:, :length], mask[:, :length]
+        Args:
+            found: The candidates.
+            k: How many of them were matched.
+            of_images: Queries are images and candidates texts; else the reverse.
+
+        Raises:
+            DataError: A pair was not matched.
+        """
+        rows, index = torch.arange(len(found.index), device=found.index.device)[:, None], found.index[:, :k]
+        pairs = rows * self.count + index if of_images else index * self.count + rows
+        places = torch.searchsorted(self.pairs, pairs).clamp_max(len(self.pairs) - 1)
+        if not torch.equal(self.pairs[places], pairs):
+            raise DataError(
+                "some of the best pairs by contrast were not matched: other pairs were the best at an earlier start; --overwrite"
+            )
+        scores = self.logits[places] + found.score[:, :k]
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        # Behind the matched ones the cosine's order counts, and no tie is to be seen.
+        rest = torch.arange(found.index.shape[1] - index.shape[1], device=scores.device, dtype=scores.dtype)
+        behind = (BEHIND - rest).expand(len(index), -1)
+        return Candidates(
+            torch.cat([index.gather(1, order), found.index[:, k:]], dim=1), torch.cat([scores.gather(1, order), behind], dim=1)
+        )

@@ -31,6 +31,7 @@ from mmkit.records import Records, read_jsonl, repair
 from mmkit.stats import Z95, wilson
 
 T = TypeVar("T")
+ANSWERS = "answers"
 OWN_FILES = ("answers.jsonl", "summary.json", "manifest.json")
 PATIENCE = timedelta(hours=6)  # a slow disk under one process must not end the others
 
@@ -95,11 +96,15 @@ class EvaluationFolder:
         resume: Go on with the answers in it.
         overwrite: Throw them away.
         own: Files that belong to it and go when it is thrown away, beside those of every evaluation.
+        records: What its processes write in parts: answers, and what they work out before them.
     """
 
-    def __init__(self, path: Path | str, name: str, *, resume: bool = False, overwrite: bool = False, own: Sequence[str] = ()) -> None:
-        self.path, self.name, self.resume, self.overwrite = Path(path), name, resume, overwrite
-        self.own = (*OWN_FILES, *own)
+    def __init__(
+        self, path: Path | str, name: str, *, resume: bool = False, overwrite: bool = False, own: Sequence[str] = (),
+        records: Sequence[str] = (ANSWERS,),
+    ) -> None:  # fmt: skip
+        self.path, self.name, self.resume, self.overwrite, self.records = Path(path), name, resume, overwrite, records
+        self.own = (*OWN_FILES, *own, *(f"{kind}.jsonl" for kind in records))
         self.identity: dict[str, Any] = {}
         self._began = time.monotonic()
 
@@ -138,11 +143,13 @@ class EvaluationFolder:
             if self.overwrite:
                 for name in self.own:
                     (self.path / name).unlink(missing_ok=True)
-                for part in _parts(self.path):
-                    part.unlink()
+                for kind in self.records:
+                    for part in _parts(self.path, kind):
+                        part.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_manifest("running")
-            gather_parts(self.path)
+            for kind in self.records:
+                gather_parts(self.path, kind)
         ranks.wait()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -163,13 +170,13 @@ class EvaluationFolder:
 # ---- answers of several processes ----------------------------------------------------------------------------------------------------
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("answers.rank*.jsonl"))
+def _parts(folder: Path, kind: str) -> list[Path]:
+    return sorted(folder.glob(f"{kind}.rank*.jsonl"))
 
 
-def gather_parts(folder: Path) -> None:
+def gather_parts(folder: Path, kind: str = ANSWERS) -> None:
     """Join what the processes of an earlier start left, drop rows without an answer (they are tried again), mend a half-written end."""
-    main, parts = folder / "answers.jsonl", _parts(folder)
+    main, parts = folder / f"{kind}.jsonl", _parts(folder, kind)
     if not main.is_file() and not parts:
         return
     rows: dict[Any, dict[str, Any]] = {}
@@ -189,32 +196,32 @@ def gather_parts(folder: Path) -> None:
 
 
 @contextmanager
-def part_records(folder: Path, ranks: Ranks) -> Iterator[tuple[Records, set[Any]]]:
-    """Open the file this process appends to, and give the ids that have an answer already (by any process of an earlier start)."""
-    main = folder / "answers.jsonl"
+def part_records(folder: Path, ranks: Ranks, kind: str = ANSWERS) -> Iterator[tuple[Records, set[Any]]]:
+    """Open the file this process appends to, and give the ids that have a row already (by any process of an earlier start)."""
+    main = folder / f"{kind}.jsonl"
     done = {row["question_id"] for row in read_jsonl(main)} if main.is_file() else set()
     ranks.wait()  # nobody appends before everybody has read
-    with Records(main if ranks.count == 1 else folder / f"answers.rank{ranks.index:04d}.jsonl") as records:
+    with Records(main if ranks.count == 1 else folder / f"{kind}.rank{ranks.index:04d}.jsonl") as records:
         yield records, done
 
 
-def merge_parts(folder: Path, order: Sequence[Any], ranks: Ranks) -> list[dict[str, Any]]:
-    """Wait for all processes, join their answers into answers.jsonl in the given order, and give them back (to every process).
+def merge_parts(folder: Path, order: Sequence[Any], ranks: Ranks, kind: str = ANSWERS) -> list[dict[str, Any]]:
+    """Wait for all processes, join their rows into KIND.jsonl in the given order, and give them back (to every process).
 
     Raises:
         DataError: An id has no row: a process ended early.
     """
     ranks.wait()
-    main = folder / "answers.jsonl"
+    main = folder / f"{kind}.jsonl"
     if ranks.first:
-        rows = {row["question_id"]: row for path in [main, *_parts(folder)] if path.is_file() for row in read_jsonl(path)}
+        rows = {row["question_id"]: row for path in [main, *_parts(folder, kind)] if path.is_file() for row in read_jsonl(path)}
         absent = [name for name in order if name not in rows]
         if absent:
             raise DataError(
                 f"{folder}: {len(absent)} of {len(order)} items have no answer, the first is {absent[0]}; start again, --resume"
             )
         atomic_write(main, "".join(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in order))
-        for path in _parts(folder):
+        for path in _parts(folder, kind):
             path.unlink()
     ranks.wait()
     place = {name: number for number, name in enumerate(order)}

@@ -16,7 +16,8 @@ from llm_stage.lavis import config_of, from_lavis, to_lavis
 from llm_stage.qformer import QFormer, QFormerConfig
 from llm_stage.qformer_folder import encoder_features, load_frozen_encoder
 from llm_stage.qformer_losses import Pairs, gather_pairs, hard_negatives, itc_loss, stage1_loss
-from llm_stage.qformer_retrieval import best_by_itc, itc_scores, reranked_images, reranked_texts
+from llm_stage.qformer_retrieval import Candidates, Matches, best_by_itc, itc_scores, match_texts, sought
+from mmkit.errors import DataError
 
 GOLDEN = Path(__file__).parent / "golden" / "qformer"
 LOSSES = ("itc", "itm", "itg")
@@ -147,6 +148,16 @@ def raw(golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ten
     return encoder_features(encoder, golden["retrieval"]["pixel_values"], -2)
 
 
+def reranked(
+    model: QFormer, states: Tensor, ids: Tensor, mask: Tensor, by_image: Candidates, by_text: Candidates, k: int
+) -> tuple[Candidates, Candidates]:
+    """Both ways, re-ranked."""
+    texts = sought(by_image, by_text, k)
+    logits = [match_texts(model, image, ids, mask, some, batch_size=3) for image, some in zip(states, texts, strict=True)]
+    found = Matches(texts, logits, len(ids))
+    return found.rerank(by_image, k, of_images=True), found.rerank(by_text, k, of_images=False)
+
+
 def test_scores_and_reranked_scores_are_lavis_own(golden: dict[str, Any], raw: Tensor) -> None:
     model, theirs = made(golden), golden["retrieval"]
     ids, mask = theirs["input_ids"], theirs["attention_mask"]
@@ -156,15 +167,12 @@ def test_scores_and_reranked_scores_are_lavis_own(golden: dict[str, Any], raw: T
         close(itc_scores(images, texts), theirs["itc_cos"])
         close(torch.stack([model.match(states[i : i + 1], ids, mask)[:, 1] for i in range(6)]), theirs["itm_logit_all"])
     by_image, by_text = best_by_itc(images, texts, 12)
-    for row in range(6):
-        found = reranked_texts(model, states.__getitem__, ids, mask, by_image, row, k=4, batch_size=3)
-        close(found.score[0, :4], theirs["score_i2t"][row, found.index[0, :4]])
-        assert sorted(found.index[0].tolist()) == list(range(12))
-    places = []
-    for row in range(12):
-        found = reranked_images(model, states.__getitem__, ids, mask, by_text, row, k=4, batch_size=3)
-        close(found.score[0, :4], theirs["score_t2i"][row, found.index[0, :4]])
-        places.append(int(found.ranks([[row // 2]], 6)[0]))
+    texts_found, images_found = reranked(model, states, ids, mask, by_image, by_text, k=4)
+    close(texts_found.score[:, :4], theirs["score_i2t"].gather(1, texts_found.index[:, :4]))
+    close(images_found.score[:, :4], theirs["score_t2i"].gather(1, images_found.index[:, :4]))
+    assert [sorted(row) for row in texts_found.index.tolist()] == [list(range(12))] * 6
+    assert bool((texts_found.score[:, 4:] < texts_found.score[:, 3:4]).all())
+    places = images_found.ranks([[row // 2] for row in range(12)], 6)
     official = json.loads((GOLDEN / "retrieval_metrics.json").read_text())
     assert 100 * sum(place < 1 for place in places) / 12 == pytest.approx(official["itc_then_itm"]["img_r1"])
     itc = by_image.ranks([[2 * image, 2 * image + 1] for image in range(6)], 12)
@@ -180,11 +188,22 @@ def test_reranking_all_is_the_full_ranking_and_more_than_there_are_is_all(golden
     with torch.no_grad():
         states = model.image_states(raw)
         images, texts = model.image_embeddings(model.queries(states)), model.text_embeddings(model.text(ids, mask))
-    by_image, _ = best_by_itc(images, texts, 99)
+    by_image, by_text = best_by_itc(images, texts, 99)
     whole = theirs["itc_cos"] + theirs["itm_logit_all"]
-    for row in range(6):
-        found = reranked_texts(model, states.__getitem__, ids, mask, by_image, row, k=99)
-        assert found.index[0].tolist() == whole[row].argsort(descending=True).tolist()
+    texts_found, images_found = reranked(model, states, ids, mask, by_image, by_text, k=99)
+    assert texts_found.index.tolist() == whole.argsort(dim=1, descending=True).tolist()
+    assert images_found.index.tolist() == whole.T.argsort(dim=1, descending=True).tolist()
+
+
+def test_a_pair_sought_both_ways_is_matched_once_and_one_that_was_not_is_named() -> None:
+    by_image = Candidates(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.9, 0.5], [0.8, 0.1]]))
+    by_text = Candidates(torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([[0.5, 0.1], [0.7, 0.6], [0.9, 0.1]]))
+    texts = sought(by_image, by_text, 1)
+    assert [some.tolist() for some in texts] == [[0, 1, 2], [1, 2]]
+    found = Matches(texts, [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])], 3)
+    assert found.rerank(by_text, 1, of_images=False).score[:, 0].tolist() == pytest.approx([1.5, 2.7, 5.9])
+    with pytest.raises(DataError, match="were not matched"):
+        found.rerank(by_text, 2, of_images=False)
 
 
 def test_negatives_are_drawn_as_often_as_lavis_draws_them(golden: dict[str, Any]) -> None:

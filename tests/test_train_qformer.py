@@ -171,23 +171,68 @@ def test_calibration_trains_keys_values_and_norm_alone(material: Path, trained: 
     assert not (tmp_path / "kept").exists()
 
 
-def test_retrieval_learns_what_the_captions_say(material: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def walls(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Q-Former that has seen the walls sixty times."""
+    folder = tmp_path_factory.mktemp("walls") / "run"
+    return main(flags(material, folder, "--run.steps", "60", "--run.micro_batch_size", "12", "--lr", "5e-3")) / "model"
+
+
+def sought(model: Path, material: Path, out: Path, *more: str) -> list[str]:
+    """Flags of a retrieval of the walls."""
+    return [
+        "--model",
+        str(model),
+        "--captions",
+        str(material / "pairs.json"),
+        "--images",
+        str(material / "images"),
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def test_retrieval_learns_what_the_captions_say(material: Path, walls: Path, tmp_path: Path) -> None:
     """Sixty steps tell six colours apart; the numbers cannot be seen. With other pictures nothing is left."""
-    folder = main(flags(material, tmp_path / "run", "--run.steps", "60", "--run.micro_batch_size", "12", "--lr", "5e-3"))
     found = {}
     for name, more in (("own", []), ("shuffled", ["--shuffle_images", "true"])):
-        arguments = ["--model", str(folder / "model"), "--captions", str(material / "pairs.json"), "--images", str(material / "images")]
-        out = eval_retrieval.main([*arguments, "--out", str(tmp_path / name), "--k", "6", *more])
+        out = eval_retrieval.main(sought(walls, material, tmp_path / name, "--k", "6", *more))
         found[name] = json.loads((out / "summary.json").read_text())
         assert found[name]["n"] == 24 + 48
         assert {row["kind"] for row in read_jsonl(out / "answers.jsonl")} == {"text_retrieval", "image_retrieval"}
     own, shuffled = (found[name]["metrics"]["itc/image_retrieval_recall@10"]["value"] for name in ("own", "shuffled"))
     assert own > 70  # chance is 10 of 24, 42 %; one who knows the colours has its four pictures first
     assert shuffled < 42
-    resumed = eval_retrieval.main([*arguments, "--out", str(tmp_path / "own"), "--k", "6", "--resume"])
-    assert json.loads((resumed / "summary.json").read_text())["metrics"] == found["own"]["metrics"]
     with pytest.raises(DataError, match="k was 6, is 7"):
-        eval_retrieval.main([*arguments, "--out", str(tmp_path / "own"), "--k", "7", "--resume"])
+        eval_retrieval.main(sought(walls, material, tmp_path / "own", "--k", "7", "--resume"))
+
+
+@pytest.mark.slow
+def test_a_retrieval_that_was_killed_goes_on_and_two_processes_find_what_one_finds(
+    material: Path, walls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child_environment: dict[str, str]
+) -> None:
+    whole = eval_retrieval.main(sought(walls, material, tmp_path / "whole", "--k", "6"))
+    match_texts, images = eval_retrieval.match_texts, iter(range(10))
+
+    def killed(*args: Any) -> Any:
+        if next(images, None) is None:
+            raise KeyboardInterrupt
+        return match_texts(*args)
+
+    monkeypatch.setattr(eval_retrieval, "match_texts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        eval_retrieval.main(sought(walls, material, tmp_path / "killed", "--k", "6"))
+    assert len(read_jsonl(tmp_path / "killed" / "matches.jsonl")) == 10
+    images = iter(range(14))  # 24 in all: those that were matched are not matched again
+    resumed = eval_retrieval.main(sought(walls, material, tmp_path / "killed", "--k", "6", "--resume"))
+    assert sorted(path.name for path in resumed.iterdir()) == ["answers.jsonl", "manifest.json", "summary.json"]
+    assert (resumed / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
+    script = Path(eval_retrieval.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run([*command, *sought(walls, material, tmp_path / "two", "--k", "6")], check=True, env=child_environment, timeout=300)
+    for one, two in zip(read_jsonl(whole / "answers.jsonl"), read_jsonl(tmp_path / "two" / "answers.jsonl"), strict=True):
+        assert {**one, "answer": ""} == {**two, "answer": ""}  # of two equal pictures either may stand first
 
 
 def test_a_q_former_begins_as_a_bert(tmp_path: Path) -> None:
