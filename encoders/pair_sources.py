@@ -25,7 +25,9 @@ class PairConfig:
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "an unreadable pair or shard: stop, or leave it out, listed"}
     )
-    scale: list[float] = field(default_factory=lambda: [0.6, 1.0], metadata={"help": "files: share of the area a crop covers, from and to"})
+    scale: list[float] = field(
+        default_factory=lambda: [0.6, 1.0], metadata={"help": "files: share of the area a crop covers, from and to; 1.0 1.0: no crop"}
+    )
 
     def validate(self) -> None:
         """Refuse shares that are none."""

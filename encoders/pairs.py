@@ -24,6 +24,7 @@ from mmkit.minidata import names as mini_names
 from mmkit.minidata import world
 from mmkit.records import read_jsonl
 
+WHOLE = (1.0, 1.0)  # a scale: pictures are not cropped
 CAPTION_EXTENSIONS = ("txt", "json")
 Pair = tuple[Tensor, str]
 
@@ -91,7 +92,8 @@ class FilePairs(ABC):
         on_bad_sample: "error" stops at a pair that cannot be read; "skip" lists it and takes the next good one in its place, so that all
             ranks have as many pairs.
         bad_list: Where "skip" writes down what it left out, a JSON line a pair. A file, since workers have no other way to tell.
-        scale: Share of the area a random crop covers, from and to. Captions may say where things are: there is no flip.
+        scale: Share of the area a random crop covers, from and to; `WHOLE` is the spec's own fixed way. Captions may say where things are:
+            there is no flip.
     """
 
     def __init__(
@@ -120,11 +122,11 @@ class FilePairs(ABC):
         """Read the picture of a pair."""
 
     @abstractmethod
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Give what a message calls the pair."""
 
     def get(self, epoch: int, index: int) -> Pair:
-        """Give a picture uint8 [3, S, S] and its caption.
+        """Give a picture uint8 [3, S, S] (or what is kept of it) and its caption.
 
         Raises:
             DataError: The pair cannot be read and `on_bad_sample` is "error", or no pair of the set can be read.
@@ -132,19 +134,22 @@ class FilePairs(ABC):
         for offset in range(len(self)):
             place = (index + offset) % len(self)
             try:
-                picture, caption = self._open(place), self.caption(epoch, place)
+                picture, caption = self._picture(epoch, place), self.caption(epoch, place)
             except DataError as error:
                 if self.on_bad_sample != "skip":
                     raise type(error)(f"{error}{SKIP_HINT}") from error
-                self.note(self._name(place), str(error))
+                self.note(self.name(place), str(error))
                 continue
-            return torch.from_numpy(np.array(self._crop(picture, epoch, place))).permute(2, 0, 1), caption
+            return picture, caption
         raise DataError(f"none of {len(self)} pairs can be read; the first: {next(iter(self.bad.values()))}")
 
-    def _crop(self, picture: Image.Image, epoch: int, place: int) -> Image.Image:
-        if not self.training:
-            return self.spec.fit(picture)
-        return self.spec.random_crop(picture, random.Random(derive_seed(self.seed, epoch, place)), scale=self.scale, flip=0.0)
+    def _picture(self, epoch: int, place: int) -> Tensor:
+        picture = self._open(place)
+        if not self.training or self.scale == WHOLE:
+            crop = self.spec.fit(picture)
+        else:
+            crop = self.spec.random_crop(picture, random.Random(derive_seed(self.seed, epoch, place)), scale=self.scale, flip=0.0)
+        return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
     def note(self, name: str, fault: str) -> None:
         """List a bad pair, once in each process."""
@@ -168,7 +173,12 @@ class CaptionedImages(FilePairs):
     Args:
         records: Image file and its captions, at least one each.
         spec, seed, more: As in `FilePairs`.
+
+    Attributes:
+        kept: Gives what is kept of a picture by its name, such as a frozen encoder's features; in place of opening it.
     """
+
+    kept: Callable[[str], Tensor] | None = None
 
     def __init__(self, records: Sequence[tuple[Path, tuple[str, ...]]], spec: ImageSpec, seed: int, **more: Any) -> None:
         super().__init__(spec, seed, **more)
@@ -183,10 +193,13 @@ class CaptionedImages(FilePairs):
         captions = self.records[index][1]
         return captions[(epoch + index) % len(captions)]
 
+    def _picture(self, epoch: int, place: int) -> Tensor:
+        return super()._picture(epoch, place) if self.kept is None else self.kept(self.name(place))
+
     def _open(self, index: int) -> Image.Image:
         return open_image(self.records[index][0], where=f"pair {index}")
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(self.records[index][0])
 
 
@@ -218,7 +231,7 @@ class ShardPairs(FilePairs):
     def _open(self, index: int) -> Image.Image:
         return open_sample(self.shards, index)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         sample = self.shards[index]
         return f"{sample.shard}/{sample.key}"
 

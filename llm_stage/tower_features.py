@@ -29,7 +29,7 @@ from mmkit.images import ImageError, ImageSpec
 from mmkit.snapshots import gather
 
 # These say where weights came from; they change nothing that is computed.
-_UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
+UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
 
 
 class TowerFeatures:
@@ -83,7 +83,7 @@ def feature_key(compute: TowerFeatures, tower_hash: str, spec: ImageSpec, stored
 def _what_counts(values: Any) -> Any:
     """A configuration, those of a joined tower's parts included, without what says where it came from."""
     if isinstance(values, dict):
-        return {key: _what_counts(value) for key, value in values.items() if key not in _UNIMPORTANT}
+        return {key: _what_counts(value) for key, value in values.items() if key not in UNIMPORTANT}
     return [_what_counts(value) for value in values] if isinstance(values, list | tuple) else values
 
 
@@ -116,7 +116,7 @@ class CachedImages:
 
 
 def cached_images(
-    root: Path | str, compute: TowerFeatures, key: FeatureKey, wanted: Mapping[str, str], image_root: Path, spec: ImageSpec,
+    root: Path | str, compute: Callable[[Tensor], Tensor], key: FeatureKey, wanted: Mapping[str, str], image_root: Path, spec: ImageSpec,
     *, batch_size: int, workers: int = 0, rebuild: bool = False, rank: int = 0, ranks: int = 1,
 ) -> CachedImages:  # fmt: skip
     """Open a cache and compute what it lacks; every process takes its share. After that the tower need not run any more.
@@ -182,7 +182,7 @@ def _digests(mine: Sequence[str], wanted: Mapping[str, str], image_root: Path, r
 
 
 def _fill(
-    cache: FeatureCache, compute: TowerFeatures, names: Sequence[str], digests: Mapping[str, bytes], wanted: Mapping[str, str],
+    cache: FeatureCache, compute: Callable[[Tensor], Tensor], names: Sequence[str], digests: Mapping[str, bytes], wanted: Mapping[str, str],
     image_root: Path, spec: ImageSpec, batch_size: int, workers: int, rank: int,
 ) -> dict[str, str]:  # fmt: skip
     """Compute and write the features of some pictures.

@@ -21,18 +21,18 @@ if __package__ in (None, ""):  # started as a file: its folder is on sys.path, t
 
 import torch
 
-from encoders.pair_sources import PairConfig, open_pairs, read_source
+from encoders.pair_sources import open_pairs, read_source
 from llm_stage.blip2 import IGNORED, Blip2, Texts, from_stage1, text_loss
 from llm_stage.blip2_data import AskedImages, ImageTexts, collate
 from llm_stage.blip2_folder import Blip2Card, Blip2Parts, is_blip2, llm_hash, load_blip2, save_blip2
 from llm_stage.blip2_text import END, TextFormat
 from llm_stage.llava_settings import DTYPES
 from llm_stage.llms import llm_source, load_any_llm
+from llm_stage.pair_features import FrozenPairConfig, features_of, keep_features
 from llm_stage.qformer_folder import load_qformer
 from mmkit.batches import derive_seed
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.images import to_images
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
 from mmkit.trainable import trainable_table, weights_hash
@@ -60,7 +60,7 @@ class Blip2Settings:
     warmup: float = field(default=2000, metadata={"help": "steps, or share of all steps if below 1"})
     weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98], metadata={"help": "AdamW's"})
-    data: PairConfig = field(default_factory=lambda: PairConfig(source="", scale=[0.5, 1.0]))
+    data: FrozenPairConfig = field(default_factory=lambda: FrozenPairConfig(source="", scale=[0.5, 1.0]))
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:
@@ -146,10 +146,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     frozen = weights_hash(parts.encoder)
     run.prepare(model, optimizer)
     parts.encoder.to(run.device)
+    keep_features(settings.data, parts, [captions, asked], run)
     run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup, settings.final_lr / settings.lr))
     for batch in run.batches(dataset, collate(parts.text), weigh=lambda batch: float((batch["labels"] != IGNORED).sum())):
         with run.accelerator.autocast():
-            features = parts.features(to_images(batch["images"], parts.spec))  # [B, n, W], no graph
+            features = features_of(parts, batch["images"])  # [B, n, W], no graph
         loss = run.forward(text_loss, features, Texts(batch["ids"], batch["mask"], batch["labels"]))
         run.backward(loss)
         run.log(loss=loss)

@@ -27,9 +27,10 @@ from encoders.captions import Captioned
 from encoders.captions import read_captions as read_caption_file
 from encoders.heads.base import StepCounts
 from encoders.image_batches import batches as image_batches
-from encoders.pair_sources import PairConfig, open_pairs, read_source
+from encoders.pair_sources import open_pairs, read_source
 from encoders.pairs import FilePairs, sample_captions
 from encoders.pairs import Pairs as PairData
+from llm_stage.pair_features import FrozenPairConfig, features_of, keep_features
 from llm_stage.qformer import QFormerConfig
 from llm_stage.qformer_build import CALIBRATED, calibrated, new_qformer, trained_parts
 from llm_stage.qformer_folder import QFormerCard, QFormerParts, encoder_width, load_frozen_encoder, load_qformer, save_qformer
@@ -39,7 +40,7 @@ from llm_stage.qformer_text import QFormerTokenizer, clean_caption
 from mmkit.batches import derive_seed
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
-from mmkit.images import ImageSpec, to_images
+from mmkit.images import ImageSpec
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
 from mmkit.trainable import set_trainable, trainable_table, weights_hash
@@ -87,7 +88,7 @@ class QFormerSettings:
     val_images: str = field(default="", metadata={"help": "folder of those images"})
     val_every: int = field(default=0, metadata={"help": "steps between such checks; 0 is only at the end"})
     shuffle_pairs: bool = field(default=False, metadata={"help": "the control: every picture gets another one's caption"})
-    data: PairConfig = field(default_factory=lambda: PairConfig(scale=[0.5, 1.0]))
+    data: FrozenPairConfig = field(default_factory=lambda: FrozenPairConfig(scale=[0.5, 1.0]))
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:
@@ -212,12 +213,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     frozen = weights_hash(parts.encoder)
     run.prepare(model, optimizer)
     parts.encoder.to(run.device)
+    keep_features(settings.data, parts, [pairs], run)
     run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup, settings.final_lr / settings.lr))
     counts, noise = StepCounts(lambda batch: {"words": float(batch["mask"][:, 1:].sum())}), StepNoise(settings.run.seed)
     itc, itm, itg = settings.weights
     for batch in run.batches(dataset, collate(parts.tokenizer), weigh=lambda _: 1.0, look_ahead=counts):
         with run.accelerator.autocast():
-            features = parts.features(to_images(batch["images"], parts.spec))  # [B, n, W], no graph
+            features = features_of(parts, batch["images"])  # [B, n, W], no graph
         mine = Pairs(features, batch["ids"], batch["mask"], batch["image_ids"])
         loss, terms = run.forward(stage1_loss, mine, noise.at(run.step), counts.mean["words"], (itc, itm, itg), settings.both_sides)
         run.backward(loss, **terms)

@@ -226,6 +226,14 @@ def test_two_processes_equal_one(
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
 
 
+def test_kept_features_train_the_same(material: Path, tmp_path: Path) -> None:
+    whole = ("--data.scale", "[1.0, 1.0]")
+    plain = main(flags(material, tmp_path / "plain", *whole))
+    kept = main(flags(material, tmp_path / "kept", *whole, "--data.feature_cache", str(tmp_path / "features")))
+    assert losses(kept) == losses(plain)
+    assert len(list((tmp_path / "features").glob("*/*.features"))) == 1
+
+
 def test_encoder_and_language_model_sleep(material: Path, trained: Path) -> None:
     parts = load_blip2(trained / "model")
     assert weights_hash(parts.model.language_model) == weights_hash(load_blip2_llm(material / "llm"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from encoders.modeling import VisionEncoder, VisionEncoderConfig
-from llm_stage import eval_retrieval
+from llm_stage import eval_retrieval, pair_features
 from llm_stage.qformer import QFormerConfig
 from llm_stage.qformer_build import CALIBRATED, load_bert, new_qformer
 from llm_stage.qformer_folder import load_qformer
@@ -171,6 +171,39 @@ def test_calibration_trains_keys_values_and_norm_alone(material: Path, trained: 
     assert not (tmp_path / "kept").exists()
 
 
+WHOLE = ("--data.scale", "[1.0, 1.0]")
+
+
+def test_kept_features_train_the_same_and_the_encoder_runs_once_a_picture(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = main(flags(material, tmp_path / "plain", *WHOLE))
+    keep = ("--data.feature_cache", str(tmp_path / "features"))
+    first = main(flags(material, tmp_path / "first", *WHOLE, *keep))
+    assert losses(first) == losses(plain)
+    shown: list[int] = []
+    encode = pair_features.encoder_features
+    monkeypatch.setattr(
+        pair_features, "encoder_features", lambda encoder, images, layer: shown.append(len(images)) or encode(encoder, images, layer)
+    )
+    again = main(flags(material, tmp_path / "again", *WHOLE, *keep))
+    assert losses(again) == losses(plain)
+    assert shown == [1]  # the blank image that tells their shape
+    other = main(flags(material, tmp_path / "other", *WHOLE, *keep, "--encoder", str(material / "wide"), "--run.steps", "1"))
+    assert shown == [1, 1, 8, 8, 8]
+    assert losses(other)[0] != losses(plain)[0]
+
+
+def test_a_picture_that_cannot_be_kept_is_named_or_left_out(material: Path, tmp_path: Path) -> None:
+    shutil.copytree(material / "images", tmp_path / "images")
+    (tmp_path / "images" / "05.png").write_bytes(b"no picture")
+    keep = (*WHOLE, "--data.feature_cache", str(tmp_path / "features"), "--data.image_root", str(tmp_path / "images"))
+    with pytest.raises(DataError, match=r"05\.png(.|\n)*on_bad_sample skip"):
+        main(flags(material, tmp_path / "run", *keep))
+    run = main(flags(material, tmp_path / "skip", *keep, "--data.on_bad_sample", "skip"))
+    assert [Path(row["pair"]).name for row in read_jsonl(run / "bad_samples.jsonl")] == ["05.png"]
+
+
 @pytest.fixture(scope="module")
 def walls(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Q-Former that has seen the walls sixty times."""
@@ -264,6 +297,8 @@ def test_a_q_former_begins_as_a_bert(tmp_path: Path) -> None:
         (["--weights", "[0, 1, 1]"], "ITC's above 0"),
         (["--data.source", "nowhere.json"], "no such file"),
         (["--val_captions", "a.json"], "go together"),
+        (["--data.feature_cache", "features"], "keeps what the encoder makes of a whole picture"),
+        (["--data.feature_cache", "features", *WHOLE, "--data.source", "minidata"], "is for picture files"),
     ],
 )
 def test_what_cannot_be_meant_is_said_and_nothing_is_written(more: list[str], message: str, material: Path, tmp_path: Path) -> None:
