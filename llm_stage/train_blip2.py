@@ -25,6 +25,7 @@ from encoders.pair_sources import open_pairs, read_source
 from llm_stage.blip2 import IGNORED, Blip2, Texts, from_stage1, text_loss
 from llm_stage.blip2_data import AskedImages, ImageTexts, collate
 from llm_stage.blip2_folder import Blip2Card, Blip2Parts, is_blip2, llm_hash, load_blip2, save_blip2
+from llm_stage.blip2_held_out import CaptionCheck, KeepBest
 from llm_stage.blip2_text import END, TextFormat
 from llm_stage.llava_settings import DTYPES
 from llm_stage.llms import llm_source, load_any_llm
@@ -33,6 +34,7 @@ from llm_stage.qformer_folder import load_qformer
 from mmkit.batches import derive_seed
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
+from mmkit.launch import refuse_shares
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
 from mmkit.trainable import trainable_table, weights_hash
@@ -60,6 +62,10 @@ class Blip2Settings:
     warmup: float = field(default=2000, metadata={"help": "steps, or share of all steps if below 1"})
     weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98], metadata={"help": "AdamW's"})
+    val_captions: str = field(default="", metadata={"help": "captions of held-out images: CIDEr is watched, and the best model kept"})
+    val_images: str = field(default="", metadata={"help": "folder of those images"})
+    val_every: int = field(default=1000, metadata={"help": "steps between such checks; after the last step there is one too"})
+    val_count: int = field(default=500, metadata={"help": "held-out images that are captioned"})
     data: FrozenPairConfig = field(default_factory=lambda: FrozenPairConfig(source="", scale=[0.5, 1.0]))
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -71,6 +77,12 @@ class Blip2Settings:
             raise ConfigError(
                 f"prompt is {self.prompt!r}; the question's place is marked by one {{}}, as in 'Question: {{}} Short answer:'"
             )
+        if bool(self.val_captions) != bool(self.val_images):
+            raise ConfigError("--val_captions and --val_images go together: give both or none")
+        if self.val_every < 1 or self.val_count < 2:
+            raise ConfigError(f"val_every {self.val_every} and val_count {self.val_count}: 1 and 2 are the least")
+        if self.val_captions:
+            refuse_shares(self.run.deepspeed)
         given = [name for name in ("questions", "annotations", "images") if getattr(self, name)]
         if given and len(given) < 3:
             raise ConfigError(f"--questions, --annotations and --images go together; only --{', --'.join(given)} was given")
@@ -130,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ConfigError(f"the encoder takes {parts.spec.size} pixels, minidata draws 96; name files: --data.source")
     model: Blip2 = parts.model.train()
     optimizer = torch.optim.AdamW(param_groups(model, settings.lr, settings.weight_decay), betas=(settings.betas[0], settings.betas[1]))
-    asked = open_questions(settings, parts)
+    asked, best = open_questions(settings, parts), open_held_out(settings)
     run = Run(settings.run, name="blip-2", settings=settings)
     bad = run.folder / "bad_samples.jsonl"
     captions = open_pairs(settings.data, source, parts.spec, settings.run.seed, bad) if settings.data.source else None
@@ -147,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run.prepare(model, optimizer)
     parts.encoder.to(run.device)
     keep_features(settings.data, parts, [captions, asked], run)
+    if best:
+        run.keep("best", best)
     run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup, settings.final_lr / settings.lr))
     for batch in run.batches(dataset, collate(parts.text), weigh=lambda batch: float((batch["labels"] != IGNORED).sum())):
         with run.accelerator.autocast():
@@ -154,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss = run.forward(text_loss, features, Texts(batch["ids"], batch["mask"], batch["labels"]))
         run.backward(loss)
         run.log(loss=loss)
-    export(run, parts, settings, frozen)
+        if best and best.check.due(run):
+            best.look(run, parts)
+    export(run, parts, settings, frozen, best)
     folder = run.finish()
     run.print(f"blip-2: the model is in {folder / 'model'}")
     return folder
@@ -171,7 +187,15 @@ def open_questions(settings: Blip2Settings, parts: Blip2Parts) -> AskedImages | 
     )  # fmt: skip
 
 
-def export(run: Run, parts: Blip2Parts, settings: Blip2Settings, frozen: str) -> None:
+def open_held_out(settings: Blip2Settings) -> KeepBest | None:
+    """Read the held-out captions, if any were named."""
+    if not settings.val_captions:
+        return None
+    batch = settings.run.micro_batch_size
+    return KeepBest(CaptionCheck.read(settings.val_captions, settings.val_images, settings.val_count, settings.val_every, batch))
+
+
+def export(run: Run, parts: Blip2Parts, settings: Blip2Settings, frozen: str, best: KeepBest | None) -> None:
     """Write RUN/model; all ranks take part.
 
     Raises:
@@ -186,8 +210,13 @@ def export(run: Run, parts: Blip2Parts, settings: Blip2Settings, frozen: str) ->
         raise DataError("encoder or language model changed during a training in which both sleep: not saved; the checkpoints are there")
     data = [Path(name).name for name in (settings.data.source, settings.questions) if name]
     training = {"data": data, "steps": run.step, "seed": settings.run.seed, "pretrained": settings.pretrained}
+    if best:
+        training |= {f"best_{name}": value for name, value in best.best.items()}
+        kept = best.weights(run) or kept
     parts.card = replace(parts.card, training=training)
     save_blip2(parts, run.folder / "model", state=kept, overwrite=True)
+    if best:
+        best.clear(run)
 
 
 if __name__ == "__main__":

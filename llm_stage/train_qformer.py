@@ -41,6 +41,7 @@ from mmkit.batches import derive_seed
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, DataError
 from mmkit.images import ImageSpec
+from mmkit.launch import refuse_shares
 from mmkit.optim import cosine_schedule, param_groups
 from mmkit.run import Run, RunConfig
 from mmkit.trainable import set_trainable, trainable_table, weights_hash
@@ -103,6 +104,8 @@ class QFormerSettings:
             raise ConfigError("run.micro_batch_size is 1: ITM needs another pair to be wrong about; 2 is the least, 64 a start")
         if bool(self.val_captions) != bool(self.val_images):
             raise ConfigError("--val_captions and --val_images go together: give both or none")
+        if self.val_captions:
+            refuse_shares(self.run.deepspeed)
 
     def require(self) -> None:
         """Refuse a run without what a recipe cannot know."""

@@ -52,6 +52,16 @@ def read_deepspeed_block(block: dict[str, Any] | str) -> dict[str, Any]:
     return settings
 
 
+def refuse_shares(block: dict[str, Any] | str) -> None:
+    """Refuse ZeRO-3 where one rank computes alone while others wait: each holds a share of the weights, and it would wait for them.
+
+    Raises:
+        ConfigError: A launcher started this process, and `block` asks for stage 3.
+    """
+    if launched() and read_deepspeed_block(block).get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError("held-out checks (--val_captions) need whole weights, and ZeRO-3 holds shares of them: ZeRO-2, or leave them out")
+
+
 def make_accelerator(
     precision: str, accumulation: int, deepspeed: dict[str, Any], trackers: list[str], folder: Path, find_unused_parameters: bool = False
 ) -> Accelerator:

@@ -19,6 +19,7 @@ from llm_stage import eval_vqa
 from llm_stage.blip2 import Blip2, Texts, from_stage1, text_loss
 from llm_stage.blip2_chat import Blip2Chat, prompt_text
 from llm_stage.blip2_folder import Blip2Parts, load_blip2
+from llm_stage.blip2_held_out import CaptionCheck
 from llm_stage.blip2_text import TextFormat
 from llm_stage.chat_format import Turn
 from llm_stage.generate import ChatRequest
@@ -234,6 +235,55 @@ def test_kept_features_train_the_same(material: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "features").glob("*/*.features"))) == 1
 
 
+def watched(material: Path) -> tuple[str, ...]:
+    """Flags that caption four held-out pictures every second step."""
+    named = {"val_captions": material / "captions.json", "val_images": material / "images", "val_every": 2, "val_count": 4}
+    return tuple(word for key, value in named.items() for word in (f"--{key}", str(value)))
+
+
+def test_held_out_captions_are_scored_and_change_nothing(material: Path, trained: Path, tmp_path: Path) -> None:
+    run = main(flags(material, tmp_path / "run", *watched(material)))
+    assert losses(run) == losses(trained)
+    rows = read_jsonl(run / "held_out.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    card = load_blip2(run / "model").card
+    assert card.training["best_cider"] == pytest.approx(max(row["cider"] for row in rows), abs=1e-3)
+    check = CaptionCheck.read(str(material / "captions.json"), str(material / "images"), 4, 2, 8)
+    assert check.score(load_blip2(run / "model")) == pytest.approx(card.training["best_cider"], abs=1e-3)
+    assert not (run / "best").exists()
+
+
+def test_the_best_model_is_kept_when_captions_fall_apart_after_it_also_over_a_stop(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, dict[str, Tensor]] = {}
+    scores = {2: 3.0, 4: 5.0, 6: 1.0}
+    backward = Run.backward
+
+    def score(self: CaptionCheck, parts: Blip2Parts) -> float:
+        step = max(scores) if 4 in seen else 4 if 2 in seen else 2
+        seen[step] = {key: tensor.clone() for key, tensor in parts.model.trained_state().items()}
+        return scores[step]
+
+    def break_down(self: Run, loss: Any, **terms: Any) -> None:
+        if self.step == 5:
+            raise RuntimeError("the lights go out")
+        backward(self, loss, **terms)
+
+    monkeypatch.setattr(CaptionCheck, "score", score)
+    words = flags(material, tmp_path / "run", *watched(material))
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "backward", break_down)
+        with pytest.raises(RuntimeError):
+            main(words)
+    run = main([*words, "--resume"])
+    assert read_jsonl(run / "held_out.jsonl") == [{"step": step, "cider": value} for step, value in scores.items()]
+    kept = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(kept[key], tensor) for key, tensor in seen[4].items())
+    assert not all(torch.equal(kept[key], tensor) for key, tensor in seen[6].items())
+    assert load_blip2(run / "model").card.training["best_step"] == 4
+
+
 def test_encoder_and_language_model_sleep(material: Path, trained: Path) -> None:
     parts = load_blip2(trained / "model")
     assert weights_hash(parts.model.language_model) == weights_hash(load_blip2_llm(material / "llm"))
@@ -369,6 +419,8 @@ def test_memory_that_runs_out_halves_the_batch(chat: Blip2Chat, monkeypatch: pyt
         (["--llm="], "--llm is missing"),
         (["--data.source=", "--questions=", "--annotations=", "--images="], "nothing to learn from"),
         (["--images="], "--questions, --annotations and --images go together"),
+        (["--val_captions", "a.json"], "--val_captions and --val_images go together"),
+        (["--val_every", "0"], "1 and 2 are the least"),
         (["--prompt", "Question:"], "the question's place is marked by one {}"),
         (["--end", "the end"], "end 'the end' is"),
     ],
