@@ -108,7 +108,9 @@ def stage1_loss(
     if weights[2]:
         terms["itg"] = itg_loss(logits, written, mask, words)
     named: Mapping[str, float] = dict(zip(("itc", "itm", "itg"), weights, strict=True))
-    return torch.stack([named[name] * term for name, term in terms.items()]).sum(), terms
+    idle = [part for part, weight in ((model.itm_head, weights[1]), (model.cls, weights[2])) if not weight]
+    nothing = [0.0 * weight.sum() for part in idle for weight in part.parameters()]  # ranks wait for the gradient of every weight
+    return torch.stack([named[name] * term for name, term in terms.items()] + nothing).sum(), terms
 
 
 def itc_loss(

@@ -78,6 +78,9 @@ class QFormerSettings:
     words: int = field(default=4096, metadata={"help": "largest vocabulary of a tokenizer made of the captions"})
     network: NetworkConfig = field(default_factory=NetworkConfig)
     weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0], metadata={"help": "of ITC, ITM, ITG; the last two may be 0"})
+    itm_from: float = field(
+        default=0.0, metadata={"help": "step, or share of all if below 1, from which ITM is trained: it is two thirds of a step's work"}
+    )
     both_sides: bool = field(default=False, metadata={"help": "ITC sends gradients into gathered features too; as published it does not"})
     max_tokens: int = field(default=32, metadata={"help": "longest caption, special tokens included"})
     lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
@@ -96,6 +99,8 @@ class QFormerSettings:
         """Refuse what cannot be meant."""
         if len(self.weights) != 3 or self.weights[0] <= 0 or min(self.weights) < 0:
             raise ConfigError(f"weights is {self.weights}; three numbers are right, ITC's above 0: ITM's negatives come from its scores")
+        if self.itm_from < 0 or (self.itm_from and not self.weights[1]):
+            raise ConfigError(f"itm_from is {self.itm_from}; a step, a share below 1, or 0 (always) is right, and ITM's weight above 0")
         if len(self.betas) != 2:
             raise ConfigError(f"betas is {self.betas}; AdamW has two, as in [0.9, 0.98]")
         if self.pretrained and (self.bert or self.tokenizer):
@@ -217,14 +222,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run.prepare(model, optimizer)
     parts.encoder.to(run.device)
     keep_features(settings.data, parts, [pairs], run)
-    run.set_schedule(cosine_schedule(run.plan(dataset), settings.warmup, settings.final_lr / settings.lr))
+    steps = run.plan(dataset)
+    run.set_schedule(cosine_schedule(steps, settings.warmup, settings.final_lr / settings.lr))
     counts, noise = StepCounts(lambda batch: {"words": float(batch["mask"][:, 1:].sum())}), StepNoise(settings.run.seed)
     itc, itm, itg = settings.weights
+    itm_from = settings.itm_from * (steps if settings.itm_from < 1 else 1)
     for batch in run.batches(dataset, collate(parts.tokenizer), weigh=lambda _: 1.0, look_ahead=counts):
         with run.accelerator.autocast():
             features = features_of(parts, batch["images"])  # [B, n, W], no graph
         mine = Pairs(features, batch["ids"], batch["mask"], batch["image_ids"])
-        loss, terms = run.forward(stage1_loss, mine, noise.at(run.step), counts.mean["words"], (itc, itm, itg), settings.both_sides)
+        weights = itc, itm if run.step >= itm_from else 0.0, itg
+        loss, terms = run.forward(stage1_loss, mine, noise.at(run.step), counts.mean["words"], weights, settings.both_sides)
         run.backward(loss, **terms)
         run.log(**terms, temperature=model.temp[0])
         if run.updated and held_out and settings.val_every and (run.step + 1) % settings.val_every == 0 and run.step + 1 < run.steps:

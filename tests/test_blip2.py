@@ -216,7 +216,7 @@ def test_four_micro_batches_are_one_batch(material: Path, trained: Path, tmp_pat
 def test_two_processes_equal_one(
     zero: int, material: Path, trained: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int
 ) -> None:
-    words = flags(material, tmp_path / "two", "--run.micro_batch_size", "4")
+    words = flags(material, tmp_path / "two", "--run.micro_batch_size", "4", *watched(material))
     if zero:
         words += ["--run.deepspeed", json.dumps({"zero_optimization": {"stage": zero}})]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
@@ -225,6 +225,7 @@ def test_two_processes_equal_one(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
+    assert [row["step"] for row in read_jsonl(tmp_path / "two" / "held_out.jsonl")] == [2, 4, 6]
 
 
 def test_kept_features_train_the_same(material: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def flags(material: Path, out: Path, *more: str) -> list[str]:
 
 
 def losses(folder: Path) -> list[list[float]]:
-    return [[row[name] for name in ("itc", "itm", "itg")] for row in read_jsonl(folder / "metrics.jsonl")]
+    return [[row[name] for name in ("itc", "itm", "itg") if name in row] for row in read_jsonl(folder / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def test_a_stopped_run_goes_on_with_the_same_losses(material: Path, trained: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero, more", [(0, ()), (2, ()), (0, ("--itm_from", "0.5"))])
 def test_two_processes_equal_one(
-    zero: int, material: Path, trained: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int
+    zero: int, more: tuple[str, ...], material: Path, trained: Path, tmp_path: Path, child_environment: dict[str, str], free_port: int
 ) -> None:
-    words = flags(material, tmp_path / "two", "--run.micro_batch_size", "4")
+    words = flags(material, tmp_path / "two", "--run.micro_batch_size", "4", *more)
     if zero:
         words += ["--run.deepspeed", json.dumps({"zero_optimization": {"stage": zero}})]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
@@ -136,7 +136,8 @@ def test_two_processes_equal_one(
         [*command, "-m", "llm_stage.train_qformer", *words], env=child_environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for one, two in zip(losses(trained), losses(tmp_path / "two"), strict=True):
+    whole = main(flags(material, tmp_path / "one", *more)) if more else trained
+    for one, two in zip(losses(whole), losses(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
 
 
@@ -169,6 +170,13 @@ def test_calibration_trains_keys_values_and_norm_alone(material: Path, trained: 
     with pytest.raises(ConfigError, match="reads tokens of width 48, the encoder gives 60"):
         main(flags(material, tmp_path / "kept", *more, "--renew", "false"))
     assert not (tmp_path / "kept").exists()
+
+
+def test_matching_may_begin_later(material: Path, trained: Path, tmp_path: Path) -> None:
+    late = main(flags(material, tmp_path / "late", "--itm_from", "0.5"))
+    assert [len(row) for row in losses(late)] == [2, 2, 2, 3, 3, 3]
+    assert losses(late)[0] == [losses(trained)[0][0], losses(trained)[0][2]]
+    assert "itm_head.weight" in load_file(late / "model" / "model.safetensors")
 
 
 WHOLE = ("--data.scale", "[1.0, 1.0]")
@@ -295,6 +303,7 @@ def test_a_q_former_begins_as_a_bert(tmp_path: Path) -> None:
         (["--feature_layer", "-4"], "has 2 blocks, so -3 to 2 is right"),
         (["--calibrate", "true"], "needs --pretrained"),
         (["--weights", "[0, 1, 1]"], "ITC's above 0"),
+        (["--itm_from", "0.5", "--weights", "[1, 0, 1]"], "itm_from is 0.5"),
         (["--data.source", "nowhere.json"], "no such file"),
         (["--val_captions", "a.json"], "go together"),
         (["--data.feature_cache", "features"], "keeps what the encoder makes of a whole picture"),
@@ -321,3 +330,14 @@ def test_captions_and_questions_are_made_plain_as_lavis_does() -> None:
     assert clean_caption('A "red" Wall, no. 3 (big)!') == "a red wall, no 3 big"
     assert clean_question("What's #1: it?") == "what's 1 it?"
     assert clean_caption("w " * 60) == " ".join(["w"] * 50)
+
+
+def test_held_out_checks_and_shares_of_weights_are_refused_together(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    shares = ["--run.deepspeed", json.dumps({"zero_optimization": {"stage": 3}})]
+    watched = ["--val_captions", str(material / "pairs.json"), "--val_images", str(material / "images")]
+    with pytest.raises(ConfigError, match="ZeRO-3 holds shares of them"):
+        main(flags(material, tmp_path / "run", *shares, *watched))
