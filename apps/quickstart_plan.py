@@ -218,7 +218,7 @@ def blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
     captions = {split: str(out / "data" / "coco" / f"captions_{split}.json") for split in ("train", "val", "test")}
     named = {
         "encoder": out / "encoders" / name, "data.source": captions["train"], "data.image_root": images / "train",
-        "val_captions": captions["val"], "val_images": images / "val",
+        "val_captions": captions["val"], "val_images": images / "val", "data.feature_cache": out / "work" / "blip2_features",
     }  # fmt: skip
     stages = [training(f"Q-Former: {name}", "train qformer", "llm_stage", "mini_qformer", _flags(named), first, config.seed, config.scale)]
     sought = {"captions": captions["test"], "images": images / "test"}
@@ -234,6 +234,7 @@ def blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
     named = {
         "pretrained": first / "model", "data.source": captions["train"], "data.image_root": images / "train", "images": images,
         "questions": vqa / "questions_train.json", "annotations": vqa / "annotations_train.json",
+        "data.feature_cache": out / "work" / "blip2_features",
     }  # fmt: skip
     publish = (second / "model", out / "blip2" / name)
     title = f"BLIP-2 before the language model: {name}"

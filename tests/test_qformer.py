@@ -86,6 +86,21 @@ def test_losses_and_gradients_are_lavis_own(golden: dict[str, Any], prefix: str)
     compare_gradients(model, {key: tensor for key, tensor in expected.items() if not key.startswith("both_sides/")})
 
 
+def test_a_step_computes_an_images_keys_once_and_a_re_ranking_too(golden: dict[str, Any], raw: Tensor) -> None:
+    model, rows = made(golden), []
+    for name, module in model.named_modules():
+        if name.endswith(("crossattention.attention.key", "crossattention.attention.value")):
+            module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    layers = sum(hasattr(layer, "crossattention") for layer in model.qformer.encoder.layer)
+    stage1_loss(model, pairs_of(golden), torch.Generator().manual_seed(0))
+    assert rows == [6] * 2 * layers
+    rows.clear()
+    theirs = golden["retrieval"]
+    states = model.image_states(raw)[0].detach()
+    match_texts(model, states, theirs["input_ids"], theirs["attention_mask"], torch.arange(12), batch_size=5)
+    assert rows == [1] * 2 * layers
+
+
 def compare_gradients(model: QFormer, expected: dict[str, Tensor], least: int = 3) -> None:
     named = from_lavis(expected, "golden gradients")
     compared = 0
