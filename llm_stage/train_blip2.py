@@ -57,6 +57,10 @@ class Blip2Settings:
     questions: str = field(default="", metadata={"help": "VQAv2-format questions to learn from"})
     annotations: str = field(default="", metadata={"help": "their annotations, ten answers each"})
     images: str = field(default="", metadata={"help": "folder of the questions' pictures"})
+    center: int = field(
+        default=0,
+        metadata={"help": "pictures whose mean soft prompt a new projection begins by taking away, so that differences count; 0: none"},
+    )
     lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     final_lr: float = field(default=5e-5, metadata={"help": "that the cosine ends at"})
     warmup: float = field(default=2000, metadata={"help": "steps, or share of all steps if below 1"})
@@ -73,6 +77,8 @@ class Blip2Settings:
         """Refuse what cannot be meant."""
         if len(self.betas) != 2:
             raise ConfigError(f"betas is {self.betas}; AdamW has two, as in [0.9, 0.98]")
+        if self.center < 0:
+            raise ConfigError(f"center is {self.center}; a number of pictures, or 0, is right")
         if self.prompt.count("{}") != 1:
             raise ConfigError(
                 f"prompt is {self.prompt!r}; the question's place is marked by one {{}}, as in 'Question: {{}} Short answer:'"
@@ -156,8 +162,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     origins = dict.fromkeys(["(rest)", *named], settings.pretrained) | origins
     run.print(trainable_table(table, {"encoder": parts.encoder, "language_model": model.language_model, **named}, origins))
     frozen = weights_hash(parts.encoder)
-    run.prepare(model, optimizer)
     parts.encoder.to(run.device)
+    if settings.center and not is_blip2(settings.pretrained):
+        center_projection(parts, dataset, settings.center, run)
+    run.prepare(model, optimizer)
     keep_features(settings.data, parts, [captions, asked], run)
     if best:
         run.keep("best", best)
@@ -174,6 +182,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
     folder = run.finish()
     run.print(f"blip-2: the model is in {folder / 'model'}")
     return folder
+
+
+@torch.no_grad()
+def center_projection(parts: Blip2Parts, dataset: ImageTexts, pictures: int, run: Run) -> None:
+    """Let the projection's bias begin as minus the mean soft prompt of some pictures.
+
+    A Q-Former's query states are alike from picture to picture (of their square sum in the embedded data, under two hundredths tell pictures
+    apart), and a new projection hands the language model what they have in common, which it then has to look past. All ranks take the same
+    pictures, spread over the set, and find the same mean; a resumed run loads its weights over it.
+    """
+    model, total = parts.model, torch.zeros(0)
+    chosen = range(0, len(dataset), max(1, len(dataset) // pictures))[:pictures]
+    for start in range(0, len(chosen), run.config.micro_batch_size):
+        images = torch.stack([dataset.get(0, index)[0] for index in chosen[start:][: run.config.micro_batch_size]])
+        soft = model.soft_prompt(features_of(parts, images.to(run.device)).to(model.device))  # [b, Q, d]
+        total = soft.double().sum(dim=(0, 1)) + (total if start else 0.0)
+    model.language_projection.bias.sub_((total / (len(chosen) * model.config.queries)).float())
 
 
 def open_questions(settings: Blip2Settings, parts: Blip2Parts) -> AskedImages | None:

@@ -26,10 +26,11 @@ from llm_stage.generate import ChatRequest
 from llm_stage.llms import load_llm
 from llm_stage.qformer import QFormerConfig
 from llm_stage.qformer_build import new_qformer
-from llm_stage.qformer_folder import QFormerCard, QFormerParts, save_qformer
+from llm_stage.qformer_folder import QFormerCard, QFormerParts, encoder_features, save_qformer
 from llm_stage.qformer_text import QFormerTokenizer
 from llm_stage.train_blip2 import main
 from mmkit.errors import ConfigError, DataError
+from mmkit.images import ImageSpec
 from mmkit.records import read_jsonl
 from mmkit.run import Run
 from mmkit.trainable import weights_hash
@@ -236,6 +237,31 @@ def test_kept_features_train_the_same(material: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "features").glob("*/*.features"))) == 1
 
 
+def test_a_centered_projection_begins_with_what_tells_pictures_apart(
+    material: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sixteen pictures, then the sixteen with their questions: the mean over them is nothing, what is between them is as it was."""
+    begun: list[Tensor] = []
+
+    def look(self: Run, model: Blip2, optimizer: Any) -> Any:
+        with torch.no_grad():
+            pictures = [picture(colour, seed=number) for number, colour in enumerate(list(COLOURS)[:4] * 4)]
+            spec = ImageSpec(**tiny_tower().spec.to_dict())
+            pixels = torch.stack([spec.normalise(spec.fit(image)) for image in pictures])
+            begun.append(model.soft_prompt(encoder_features(tiny_tower(), pixels, -2)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "prepare", look)
+    whole = ("--data.scale", "[1.0, 1.0]")
+    for name, more in (("plain", ()), ("centered", ("--center", "64"))):
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(material, tmp_path / name, *whole, *more))
+    plain, centered = begun
+    torch.testing.assert_close(centered.mean(dim=(0, 1)), torch.zeros(plain.shape[-1]), rtol=0, atol=1e-5)
+    assert plain.mean(dim=(0, 1)).abs().max() > 0.05
+    torch.testing.assert_close(centered - centered[:1], plain - plain[:1], rtol=1e-4, atol=1e-5)
+
+
 def watched(material: Path) -> tuple[str, ...]:
     """Flags that caption four held-out pictures every second step."""
     named = {"val_captions": material / "captions.json", "val_images": material / "images", "val_every": 2, "val_count": 4}
@@ -421,6 +447,7 @@ def test_memory_that_runs_out_halves_the_batch(chat: Blip2Chat, monkeypatch: pyt
         (["--data.source=", "--questions=", "--annotations=", "--images="], "nothing to learn from"),
         (["--images="], "--questions, --annotations and --images go together"),
         (["--val_captions", "a.json"], "--val_captions and --val_images go together"),
+        (["--center", "-1"], "center is -1"),
         (["--val_every", "0"], "1 and 2 are the least"),
         (["--prompt", "Question:"], "the question's place is marked by one {}"),
         (["--end", "the end"], "end 'the end' is"),
