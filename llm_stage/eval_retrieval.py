@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parts = load_qformer(config.model).to(ranks.device)
     folder.open(identify(data, parts, config), ranks)
     answers = folder.path / f"{ANSWERS}.jsonl"
-    if not answers.is_file():
+    if not answers.is_file() or len(read_jsonl(answers)) != len(data.paths) + len(data.captions):
         found = answer(parts, data, config, ranks, folder.path)
         ranks.wait()
         if ranks.first:

@@ -79,7 +79,7 @@ class QFormerSettings:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0], metadata={"help": "of ITC, ITM, ITG; the last two may be 0"})
     itm_from: float = field(
-        default=0.0, metadata={"help": "step, or share of all if below 1, from which ITM is trained: it is two thirds of a step's work"}
+        default=0.0, metadata={"help": "step, or share of all if below 1, from which ITM is trained: it is most of a step's work"}
     )
     both_sides: bool = field(default=False, metadata={"help": "ITC sends gradients into gathered features too; as published it does not"})
     max_tokens: int = field(default=32, metadata={"help": "longest caption, special tokens included"})
