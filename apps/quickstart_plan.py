@@ -211,8 +211,11 @@ def llava_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = 
     return [*stages, training(title, "train llava", "llm_stage", f"{recipes}_stage2", own, second, config.seed, config.scale, publish)]
 
 
-def blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
-    """Both stages of BLIP-2 behind one encoder: retrieval after the first, beside the encoder's own; questions and captions after the second."""
+def blip2_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = "mini") -> list[Stage]:
+    """Both stages of BLIP-2 behind one encoder: retrieval after the first, beside the encoder's own; questions and captions after the second.
+
+    The first is by recipe mini_qformer, whatever the language model; the second by NAME_blip2.
+    """
     column, images = f"{name}_blip2", out / "data" / "images"
     first, second = (out / "work" / f"{column}_stage{stage}" for stage in (1, 2))
     captions = {split: str(out / "data" / "coco" / f"captions_{split}.json") for split in ("train", "val", "test")}
@@ -238,7 +241,9 @@ def blip2_stages(name: str, out: Path, config: QuickstartConfig) -> list[Stage]:
     }  # fmt: skip
     publish = (second / "model", out / "blip2" / name)
     title = f"BLIP-2 before the language model: {name}"
-    stages.append(training(title, "train blip2", "llm_stage", "mini_blip2", _flags(named), second, config.seed, config.scale, publish))
+    stages.append(
+        training(title, "train blip2", "llm_stage", f"{recipes}_blip2", _flags(named), second, config.seed, config.scale, publish)
+    )
     stages += [vqa_stage(column, publish[1], out, shuffled) for shuffled in (False, True)]
     return [*stages, *(captions_stage(column, publish[1], out, shuffled) for shuffled in (False, True))]
 

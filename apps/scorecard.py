@@ -4,7 +4,8 @@
     mmkit scorecard openclip:ViT-B-16/FILE timm:vit_base_patch16_dinov3.lvd1689m --zeroshot false --llm smollm2 --downstream llava,blip2
 
 Zero-shot naming (encoders with a text tower), an OCR probe, an object probe, LLaVA with both stages and its VQA, BLIP-2 on request: each beside
-its control. The report shows the questions on which the encoders disagree most. Stopped and started again, it goes on.
+its control. The report shows the questions on which the encoders disagree most. Stopped and started again, it goes on. What BLIP-2's trainings
+keep of pictures, OUT/work/blip2_features, may be deleted afterwards: 3.6 GB of an encoder like ViT-B/16.
 """
 
 import re
@@ -48,7 +49,7 @@ class ScorecardConfig:
     )
     out: str = field(default="runs/scorecard", metadata={"help": "folder for everything; an unfinished one is gone on with"})
     downstream: list[str] = field(default_factory=lambda: ["llava"], metadata={"help": "llava, blip2, with commas; none: probes alone"})
-    llm: str = field(default="mini", metadata={"help": f"LLaVA's language model: {', '.join(LLMS)}"})
+    llm: str = field(default="mini", metadata={"help": f"language model of LLaVA and BLIP-2: {', '.join(LLMS)}"})
     zeroshot: bool = field(default=True, metadata={"help": "name drawings by text; encoders without a text tower cannot"})
     probes: bool = field(default=True, metadata={"help": "words (OCR) and objects, read off the frozen encoder"})
     scale: float = field(default=1.0, metadata={"help": "factor on pictures drawn and steps trained"})
@@ -121,7 +122,7 @@ def plan(config: ScorecardConfig) -> list[Stage]:
         stages += llava_stages(name, out, size, config.llm)
         stages += [vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
     for name in names if "blip2" in config.downstream else ():
-        stages += blip2_stages(name, out, size)
+        stages += blip2_stages(name, out, size, config.llm)
     title = ("--title", "Scorecard: " + ", ".join(names))
     return [
         *stages,

@@ -115,6 +115,7 @@ def build_parts(settings: Blip2Settings) -> Blip2Parts:
     said: dict[str, Any] = {
         "weights": settings.weights,
         "end": settings.end,
+        "lead": settings.lead,
         "max_tokens": settings.max_tokens,
         "prompt": settings.prompt,
         "caption_prompt": settings.caption_prompt,

@@ -43,7 +43,7 @@ EXPECTED_RECIPES = {
     "llm_stage": LLAVA_RECIPES
     | {"llava_v15_stage2_tiles"}
     | {"mini_llm", "mini_stage1", "mini_stage2", "smollm2_stage1", "smollm2_stage2"}
-    | {"mini_qformer", "qformer_stage1", "qformer_calibrate", "mini_blip2", "blip2_stage2", "blip2_vqa"},
+    | {"mini_qformer", "qformer_stage1", "qformer_calibrate", "mini_blip2", "smollm2_blip2", "blip2_stage2", "blip2_vqa"},
 }
 
 

@@ -229,6 +229,15 @@ def test_two_processes_equal_one(
     assert [row["step"] for row in read_jsonl(tmp_path / "two" / "held_out.jsonl")] == [2, 4, 6]
 
 
+def test_a_folder_speaks_in_the_words_it_was_trained_in(material: Path, trained: Path, tmp_path: Path) -> None:
+    words = {"lead": "a", "end": "<|im_end|>", "prompt": "is {} it", "caption_prompt": "the", "max_tokens": 20}
+    more = [part for key, value in words.items() for part in (f"--{key}", str(value))]
+    for first in ([], ["--pretrained", str(trained / "model")]):
+        parts = load_blip2(main(flags(material, tmp_path / f"run{len(first)}", "--run.steps", "1", *first, *more)) / "model")
+        assert {key: getattr(parts.card, key) for key in words} == words
+        assert parts.model.lead == parts.text.lead_ids != []
+
+
 def test_kept_features_train_the_same(material: Path, tmp_path: Path) -> None:
     whole = ("--data.scale", "[1.0, 1.0]")
     plain = main(flags(material, tmp_path / "plain", *whole))

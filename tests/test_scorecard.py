@@ -9,6 +9,7 @@ import pytest
 from apps import scorecard
 from apps.scorecard import ScorecardConfig, plan, short_name
 from encoders.catalog import load_encoder
+from llm_stage.train_blip2 import RECIPES, Blip2Settings
 from mmkit.config import load_config
 from mmkit.errors import ConfigError, MMKitError, NameNotFound
 
@@ -34,11 +35,10 @@ def test_the_plan_measures_every_encoder_alike(tmp_path: Path) -> None:
 
 
 def test_another_language_model_is_another_recipe(tmp_path: Path) -> None:
-    stages = plan(ScorecardConfig(encoders=["mini-clip"], out=str(tmp_path), llm="smollm2", probes=False))
-    assert [stage.recipe.stem for stage in stages if stage.command == "train llava" and stage.recipe] == [
-        "smollm2_stage1",
-        "smollm2_stage2",
-    ]
+    stages = plan(ScorecardConfig(encoders=["mini-clip"], out=str(tmp_path), llm="smollm2", probes=False, downstream=["llava", "blip2"]))
+    assert [stage.recipe.stem for stage in stages if stage.recipe] == ["smollm2_stage1", "smollm2_stage2", "mini_qformer", "smollm2_blip2"]
+    flags = stages[[stage.command for stage in stages].index("train blip2")].argv
+    assert load_config(Blip2Settings, list(flags), recipe_dir=RECIPES).llm == "smollm2"
 
 
 @pytest.mark.parametrize(
