@@ -30,13 +30,12 @@ from encoders.placement import Placement
 from encoders.resize import resize_positions
 from mmkit.batches import derive_seed
 from mmkit.errors import ConfigError, DataError
-from mmkit.feature_cache import FeatureCache, FeatureKey, picture_digest, say_size
+from mmkit.feature_cache import FeatureCache, FeatureKey, picture_digest, say_size, what_counts
 from mmkit.images import to_images
 from mmkit.ranks import gather
 from mmkit.trainable import weights_hash
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
 
 
 class FeatureMaps:
@@ -100,7 +99,7 @@ class FeatureMaps:
         side = self.size(canvas)
         return FeatureKey(
             tower=weights_hash(self.encoder),
-            network={key: value for key, value in self.encoder.config.to_dict().items() if key not in _UNIMPORTANT},
+            network=what_counts(self.encoder.config.to_dict()),
             spec={**asdict(self.spec), "canvas": canvas, "drop_cls": self.drop_cls},
             layer=-1,
             select="map" if side == self.grid(canvas) else f"map, pooled to {self.pool}",

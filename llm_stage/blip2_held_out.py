@@ -113,7 +113,11 @@ class KeepBest:
 
     def weights(self, run: Run) -> dict[str, Tensor] | None:
         """Give the best model's weights; None where they are the present ones."""
-        found = load_weights(run.folder / BEST / WEIGHT_FILE) if self.best["step"] != run.step else None
+        if self.best["step"] == run.step:
+            found = None
+        else:  # a finished run that is started again has it as RUN/model
+            kept = run.folder / BEST
+            found = load_weights((kept if kept.is_dir() else run.folder / "model") / WEIGHT_FILE)
         run.print(f"held-out captions were best at step {self.best['step']}: CIDEr {self.best['cider']:.1f}; that model is kept")
         return found
 

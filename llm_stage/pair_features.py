@@ -21,9 +21,9 @@ from encoders.pair_sources import PairConfig
 from encoders.pairs import WHOLE, CaptionedImages, Pairs
 from encoders.shards import holds_shards
 from llm_stage.qformer_folder import encoder_features
-from llm_stage.tower_features import UNIMPORTANT, cached_images
+from llm_stage.tower_features import cached_images
 from mmkit.errors import ConfigError
-from mmkit.feature_cache import FeatureKey, Stored
+from mmkit.feature_cache import FeatureKey, Stored, check_cache, what_counts
 from mmkit.images import ImageError, ImageSpec, to_images
 from mmkit.run import Run
 from mmkit.trainable import weights_hash
@@ -45,7 +45,7 @@ class FrozenPairConfig(PairConfig):
     )
 
     def validate(self) -> None:
-        """Refuse a cache of pictures that are never the same twice."""
+        """Refuse a cache of pictures that are never the same twice, and one that is damaged."""
         super().validate()
         if not self.feature_cache:
             return
@@ -56,6 +56,8 @@ class FrozenPairConfig(PairConfig):
             )
         if self.source == "minidata" or holds_shards(self.source):
             raise ConfigError(f"data.feature_cache is for picture files; data.source {self.source} has none, leave the cache out")
+        if not self.rebuild_cache:
+            check_cache(self.feature_cache)
 
 
 class Encoded(Protocol):
@@ -105,7 +107,7 @@ class EncoderFeatures:
         with self.autocast():
             forward = "autocast" if torch.is_autocast_enabled(self.device.type) else "plain"
         return FeatureKey(
-            tower=weights_hash(self.encoder), network={k: value for k, value in config.to_dict().items() if k not in UNIMPORTANT},
+            tower=weights_hash(self.encoder), network=what_counts(config.to_dict()),
             spec=self.spec.to_dict(), layer=self.layer, select="all", precision=f"{next(self.encoder.parameters()).dtype} {forward}",
             tokens=features.shape[1], width=features.shape[2], computed=computed, stored=computed if stored == "computed" else stored,
         )  # fmt: skip

@@ -5,7 +5,7 @@
     reading = Reading(images, rows)                  # row r reads image rows[r]: the 3 B rows of matching know B images
     reading = Reading(ImageTokens(states[:1]))       # every row reads the one image there is
 
-Letters: U images, R rows of a pass, n image tokens of width W, Q queries, D width of the Q-Former, H heads.
+Letters: U images, R rows of a pass, n image tokens of width W, Q queries, D width of the Q-Former.
 
 Of a stage-1 step in front of ViT-g's tokens, keys and values of images are a third of the operations when each pass computes its own; matching
 alone would compute those of each image three times.

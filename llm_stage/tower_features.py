@@ -24,12 +24,9 @@ from transformers import LlavaForConditionalGeneration
 
 from encoders.image_batches import batches
 from mmkit.errors import ConfigError, DataError
-from mmkit.feature_cache import DTYPES, FeatureCache, FeatureKey, Stored, picture_digest, say_size
+from mmkit.feature_cache import DTYPES, FeatureCache, FeatureKey, Stored, picture_digest, say_size, what_counts
 from mmkit.images import ImageError, ImageSpec
 from mmkit.snapshots import gather
-
-# These say where weights came from; they change nothing that is computed.
-UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
 
 
 class TowerFeatures:
@@ -74,17 +71,10 @@ def feature_key(compute: TowerFeatures, tower_hash: str, spec: ImageSpec, stored
     with compute.autocast():
         forward = "autocast" if torch.is_autocast_enabled(compute.device.type) else "plain"
     return FeatureKey(
-        tower=tower_hash, network=_what_counts(config.vision_config.to_dict()), spec=spec.to_dict(), layer=config.vision_feature_layer,
+        tower=tower_hash, network=what_counts(config.vision_config.to_dict()), spec=spec.to_dict(), layer=config.vision_feature_layer,
         select=config.vision_feature_select_strategy, precision=f"{compute.dtype} {forward}".removeprefix("torch."),
         tokens=features.shape[1], width=features.shape[2], computed=computed, stored=computed if stored == "computed" else stored,
     )  # fmt: skip
-
-
-def _what_counts(values: Any) -> Any:
-    """A configuration, those of a joined tower's parts included, without what says where it came from."""
-    if isinstance(values, dict):
-        return {key: _what_counts(value) for key, value in values.items() if key not in UNIMPORTANT}
-    return [_what_counts(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 class CachedImages:

@@ -193,13 +193,14 @@ def center_projection(parts: Blip2Parts, dataset: ImageTexts, pictures: int, run
     apart), and a new projection hands the language model what they have in common, which it then has to look past. All ranks take the same
     pictures, spread over the set, and find the same mean; a resumed run loads its weights over it.
     """
-    model, total = parts.model, torch.zeros(0)
+    model, sums = parts.model, []
     chosen = range(0, len(dataset), max(1, len(dataset) // pictures))[:pictures]
     for start in range(0, len(chosen), run.config.micro_batch_size):
         images = torch.stack([dataset.get(0, index)[0] for index in chosen[start:][: run.config.micro_batch_size]])
         soft = model.soft_prompt(features_of(parts, images.to(run.device)).to(model.device))  # [b, Q, d]
-        total = soft.double().sum(dim=(0, 1)) + (total if start else 0.0)
-    model.language_projection.bias.sub_((total / (len(chosen) * model.config.queries)).float())
+        sums.append(soft.double().sum(dim=(0, 1)))
+    mean = torch.stack(sums).sum(dim=0) / (len(chosen) * model.config.queries)
+    model.language_projection.bias.sub_(mean.float())
 
 
 def open_questions(settings: Blip2Settings, parts: Blip2Parts) -> AskedImages | None:

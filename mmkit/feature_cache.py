@@ -46,6 +46,9 @@ SHARD_BYTES = 16 * 2**30
 MARGIN = 0.95  # of the free disk: a full one would take the checkpoints with it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# These say where a tower's weights came from; they change nothing that is computed.
+UNIMPORTANT = {"origin", "training", "text_tower", "transformers_version", "_name_or_path", "architectures", "auto_map"}
+
 Stored = Literal["computed", "float16"]
 
 
@@ -83,6 +86,13 @@ class FeatureKey:
     def record_bytes(self) -> int:
         """Size of one picture's features."""
         return self.tokens * self.width * DTYPES[self.stored].itemsize
+
+
+def what_counts(values: Any) -> Any:
+    """Give a tower's configuration, those of a joined tower's parts included, without what says where it came from."""
+    if isinstance(values, dict):
+        return {key: what_counts(value) for key, value in values.items() if key not in UNIMPORTANT}
+    return [what_counts(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 class FeatureCache:

@@ -318,6 +318,9 @@ def test_the_best_model_is_kept_when_captions_fall_apart_after_it_also_over_a_st
     assert all(torch.equal(kept[key], tensor) for key, tensor in seen[4].items())
     assert not all(torch.equal(kept[key], tensor) for key, tensor in seen[6].items())
     assert load_blip2(run / "model").card.training["best_step"] == 4
+    main([*words, "--resume"])  # finished: once more changes nothing
+    again = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in kept.items())
 
 
 def test_encoder_and_language_model_sleep(material: Path, trained: Path) -> None:
@@ -478,7 +481,7 @@ def test_an_answer_without_words_is_named(material: Path, tmp_path: Path) -> Non
 
 
 def test_load_llm_leaves_other_callers_their_image_token() -> None:
-    """`load_any_llm` reads a model as it is; LLaVA's loader still adds its placeholder."""
+    """`load_any_llm` reads a model as it is; LLaVA's loader still adds its image token."""
     _, tokenizer = load_llm("mini-llm")
     assert "<image>" in tokenizer.all_special_tokens
 

@@ -200,6 +200,11 @@ def test_kept_features_train_the_same_and_the_encoder_runs_once_a_picture(
     other = main(flags(material, tmp_path / "other", *WHOLE, *keep, "--encoder", str(material / "wide"), "--run.steps", "1"))
     assert shown == [1, 1, 8, 8, 8]
     assert losses(other)[0] != losses(plain)[0]
+    shard = next((tmp_path / "features").glob("*/*.features"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError, match="is truncated"):
+        main(flags(material, tmp_path / "damaged", *WHOLE, *keep))
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_picture_that_cannot_be_kept_is_named_or_left_out(material: Path, tmp_path: Path) -> None:
