@@ -1,8 +1,8 @@
 """The stages of the quickstart: which scripts, with which command lines, and how to see that one is complete. Runs and writes nothing."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ DOWNSTREAMS = {
 RERANKED = 16  # of the embedded data's 500 pictures and 2,500 captions
 VISFT_TASKS = ("detection", "segmentation", "caption")
 SCENE_DRAWINGS = 80  # of the 574: in twenty minutes a language model cannot learn to tell more things apart in scenes
+SIDE_BY_SIDE = "encoders tried at the same time, each with its share of the threads; 0: one for each thread, on an accelerator one"
 LEAST_STEPS = 4  # however small the scale: enough for a checkpoint in the middle
 
 
@@ -45,6 +46,7 @@ class QuickstartConfig:
     )
     seed: int = field(default=0, metadata={"help": "of data and trainings"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
+    side_by_side: int = field(default=0, metadata={"help": SIDE_BY_SIDE})
 
     def validate(self) -> None:
         """Check the names of the encoders and the scale.
@@ -79,6 +81,7 @@ class Stage:
         resume: What to add to `argv` where `folder` is there and the script has not finished.
         recipe: The recipe that it reads; None for none.
         publish: A folder of its result, and where a copy of that belongs; None for none.
+        lane: Stages of different lanes need nothing of each other, and can run side by side; "" needs all before it.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Stage:
     resume: tuple[str, ...] = ()
     recipe: Path | None = None
     publish: tuple[Path, Path] | None = None
+    lane: str = ""
 
     @property
     def finished(self) -> bool:
@@ -126,14 +130,16 @@ def plan(config: QuickstartConfig) -> list[Stage]:
     ]
     for name in config.encoders:
         stages += _encoder_stages(name, out, config)
-    stages += [zeroshot_stage(name, out, data) for name in config.encoders]
-    for name in config.encoders if "llava" in config.downstream else ():
-        stages += llava_stages(name, out, config)
-        stages += [vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
-    for name in config.encoders if "blip2" in config.downstream else ():
-        stages += blip2_stages(name, out, config)
+    stages += in_lanes({name: [zeroshot_stage(name, out, data)] for name in config.encoders})
+    for kind in config.downstream:
+        stages += in_lanes({name: DOWNSTREAM_STAGES[kind](name, out, config) for name in config.encoders})
     stages.append(Stage("report", "report", "mmkit.report:main", (str(out), "--out", str(out)), out / "report.html", out / "report.html"))
     return stages
+
+
+def in_lanes(found: Mapping[str, Sequence[Stage]]) -> list[Stage]:
+    """Give the stages of all lanes, by their names."""
+    return [replace(stage, lane=lane) for lane, stages in found.items() for stage in stages]
 
 
 def zeroshot_stage(name: str, out: Path, data: Path) -> Stage:
@@ -200,7 +206,7 @@ def visft_flags(data: Path, heads: Sequence[Path]) -> tuple[str, ...]:
 
 
 def llava_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = "mini") -> list[Stage]:
-    """Both stages of LLaVA behind one encoder, by recipes NAME_stage1 and NAME_stage2."""
+    """Both stages of LLaVA behind one encoder, by recipes NAME_stage1 and NAME_stage2, and its questions with their control."""
     first, second = (out / "work" / f"llava_{name}_stage{stage}" for stage in (1, 2))
     texts, images = out / "data" / "llava", ("--data.images", str(out / "data" / "images"))
     own = ("--encoder", str(out / "encoders" / name), "--data.json", str(texts / "pretrain.json"), *images)
@@ -208,7 +214,8 @@ def llava_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = 
     own = ("--pretrained", str(first / "model"), "--data.json", str(texts / "instruct.json"), *images)
     publish = (second / "model", out / "llava" / name)
     title = f"LLaVA stage 2: {name}"
-    return [*stages, training(title, "train llava", "llm_stage", f"{recipes}_stage2", own, second, config.seed, config.scale, publish)]
+    stages.append(training(title, "train llava", "llm_stage", f"{recipes}_stage2", own, second, config.seed, config.scale, publish))
+    return [*stages, *(vqa_stage(name, publish[1], out, shuffled) for shuffled in (False, True))]
 
 
 def blip2_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = "mini") -> list[Stage]:
@@ -246,6 +253,9 @@ def blip2_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = 
     )
     stages += [vqa_stage(column, publish[1], out, shuffled) for shuffled in (False, True)]
     return [*stages, *(captions_stage(column, publish[1], out, shuffled) for shuffled in (False, True))]
+
+
+DOWNSTREAM_STAGES: Mapping[str, Callable[..., list[Stage]]] = {"llava": llava_stages, "blip2": blip2_stages}
 
 
 def _flags(named: Mapping[str, Any]) -> tuple[str, ...]:

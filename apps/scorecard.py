@@ -19,17 +19,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from apps.quickstart import Journal, overview, quiet, run_all, set_threads
 from apps.quickstart_plan import (
+    DOWNSTREAM_STAGES,
     DOWNSTREAMS,
     SCENE_DRAWINGS,
+    SIDE_BY_SIDE,
     QuickstartConfig,
     Stage,
-    blip2_stages,
-    llava_stages,
-    vqa_stage,
+    in_lanes,
     zeroshot_stage,
 )
+from apps.stages import Journal, lanes_at_once, overview, quiet, run_all, set_threads
 from apps.visft_plan import probe_stages
 from mmkit.checkpoint import atomic_folder
 from mmkit.config import cli_entry, load_config
@@ -55,6 +55,7 @@ class ScorecardConfig:
     scale: float = field(default=1.0, metadata={"help": "factor on pictures drawn and steps trained"})
     seed: int = field(default=0, metadata={"help": "of data and trainings"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
+    side_by_side: int = field(default=0, metadata={"help": SIDE_BY_SIDE})
 
     def validate(self) -> None:
         """Refuse names that are none, and encoders that could not be told apart."""
@@ -114,15 +115,12 @@ def plan(config: ScorecardConfig) -> list[Stage]:
             Stage(f"encoder: {name}", "scorecard", "apps.scorecard:take_encoder", (source, str(folder)), folder, folder / "config.json")
         )
     if config.zeroshot:
-        stages += [zeroshot_stage(name, out, data) for name in names]
+        stages += in_lanes({name: [zeroshot_stage(name, out, data)] for name in names})
     if config.probes:
-        for name in names:
-            stages += probe_stages(name, out / "encoders" / name, out / "eval" / name, data, config.seed, config.scale)
-    for name in names if "llava" in config.downstream else ():
-        stages += llava_stages(name, out, size, config.llm)
-        stages += [vqa_stage(name, out / "llava" / name, out, shuffled) for shuffled in (False, True)]
-    for name in names if "blip2" in config.downstream else ():
-        stages += blip2_stages(name, out, size, config.llm)
+        places = {name: (out / "encoders" / name, out / "eval" / name) for name in names}
+        stages += in_lanes({name: probe_stages(name, *found, data, config.seed, config.scale) for name, found in places.items()})
+    for kind in config.downstream if config.downstream != ["none"] else ():
+        stages += in_lanes({name: DOWNSTREAM_STAGES[kind](name, out, size, config.llm) for name in names})
     title = ("--title", "Scorecard: " + ", ".join(names))
     return [
         *stages,
@@ -130,18 +128,14 @@ def plan(config: ScorecardConfig) -> list[Stage]:
     ]
 
 
-class ScorecardJournal(Journal):
-    """`scorecard.json` in the folder: the settings, and each stage's command, its recipe's digest and its seconds."""
-
-    def __init__(self, config: ScorecardConfig) -> None:
-        defaults = ScorecardConfig()
-        self.out, self.path = Path(config.out), Path(config.out) / "scorecard.json"
-        self.settings = {"scale": config.scale, "seed": config.seed, "llm": config.llm}
-        values = {name: getattr(config, name) for name in ("out", "downstream", "llm", "zeroshot", "probes", "scale", "seed")}
-        said = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
-        flags = [word for name, value in said.items() if values[name] != getattr(defaults, name) for word in (f"--{name}", value)]
-        self.command = shlex.join(["mmkit", "scorecard", *config.encoders, *flags])
-        self.stages = {}
+def open_journal(config: ScorecardConfig) -> Journal:
+    """`scorecard.json` in the folder."""
+    defaults = ScorecardConfig()
+    settings = {"scale": config.scale, "seed": config.seed, "llm": config.llm}
+    values = {name: getattr(config, name) for name in ("out", "downstream", "llm", "zeroshot", "probes", "scale", "seed")}
+    said = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in values.items()}
+    flags = [word for name, value in said.items() if values[name] != getattr(defaults, name) for word in (f"--{name}", value)]
+    return Journal(Path(config.out) / "scorecard.json", settings, shlex.join(["mmkit", "scorecard", *config.encoders, *flags]))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -160,13 +154,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config = load_config(ScorecardConfig, [*named, *words[first:]])
     if not config.encoders:
         raise ConfigError("which encoders? mmkit scorecard mini-clip runs/uta/encoder; `mmkit list encoders` has names")
-    stages, journal = plan(config), ScorecardJournal(config)
+    stages, journal = plan(config), open_journal(config)
     journal.check(stages)
     threads = set_threads(config.threads)
     quiet()
     console = Console()
     overview(console, f"mmkit scorecard in {config.out} · scale {config.scale:g} · {threads} threads", stages)
-    run_all(console, stages, journal)
+    run_all(console, stages, journal, lanes_at_once(config.side_by_side, threads), threads)
     show(console, Path(config.out))
     return Path(config.out)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apps.quickstart import as_typed, clock, quiet, set_threads
+from apps.stages import as_typed, clock, quiet, set_threads
 from apps.sweep_table import Table
 from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry, find_recipe, load_config, read_recipe, save_config

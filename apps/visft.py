@@ -15,22 +15,18 @@ from typing import Any
 
 from rich.console import Console
 
-from apps.quickstart import Journal, overview, quiet, run_all, set_threads
+from apps.stages import Journal, lanes_at_once, overview, quiet, run_all, set_threads
 from apps.visft_plan import VisftExperimentConfig, plan
 from mmkit.config import cli_entry, load_config
 
 
-class ExperimentJournal(Journal):
-    """`experiment.json` in the folder: the settings, and each stage's command, its recipe's digest and its seconds."""
-
-    def __init__(self, config: VisftExperimentConfig) -> None:
-        defaults = VisftExperimentConfig()
-        self.out, self.path = Path(config.out), Path(config.out) / "experiment.json"
-        self.settings = {"scale": config.scale, "seeds": config.seeds, "steps": config.steps, "data": config.data}
-        said = {name: spoken(getattr(config, name)) for name in ("out", "seeds", "scale", "steps", "data")}
-        flags = [word for name, value in said.items() if value != spoken(getattr(defaults, name)) for word in (f"--{name}", value)]
-        self.command = shlex.join(["mmkit", "experiment", "visft", *flags])
-        self.stages = {}
+def open_journal(config: VisftExperimentConfig) -> Journal:
+    """`experiment.json` in the folder."""
+    defaults = VisftExperimentConfig()
+    settings = {"scale": config.scale, "seeds": config.seeds, "steps": config.steps, "data": config.data}
+    said = {name: spoken(getattr(config, name)) for name in ("out", "seeds", "scale", "steps", "data")}
+    flags = [word for name, value in said.items() if value != spoken(getattr(defaults, name)) for word in (f"--{name}", value)]
+    return Journal(Path(config.out) / "experiment.json", settings, shlex.join(["mmkit", "experiment", "visft", *flags]))
 
 
 def spoken(value: Any) -> str:
@@ -53,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config = load_config(VisftExperimentConfig, argv)
     stages = plan(config)
-    journal = ExperimentJournal(config)
+    journal = open_journal(config)
     journal.check(stages)
     threads = set_threads(config.threads)
     quiet()
     console = Console()
     overview(console, f"mmkit experiment visft in {config.out} · scale {config.scale:g} · {threads} threads", stages)
-    run_all(console, stages, journal)
+    run_all(console, stages, journal, lanes_at_once(config.side_by_side, threads), threads)
     out = Path(config.out)
     for row in json.loads((out / "results" / "findings.json").read_text(encoding="utf-8")):
         console.print(f"[bold]{row['headline']}[/bold]: {row['evidence']}", highlight=False)

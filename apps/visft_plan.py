@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from apps.quickstart_plan import SCENE_DRAWINGS, Stage, training, visft_flags, visft_heads
+from apps.quickstart_plan import SCENE_DRAWINGS, SIDE_BY_SIDE, Stage, in_lanes, training, visft_flags, visft_heads
 from mmkit.errors import ConfigError
 
 BEFORE, TRUE, PERMUTED = "before", "true", "permuted"
@@ -25,6 +25,10 @@ class VisftExperimentConfig:
     steps: int = field(default=240, metadata={"help": "of each stage 2, before the scale; there are two for every seed"})
     data: str = field(default="", metadata={"help": "an embedded data set that is there (mmkit data mini); none is drawn then"})
     threads: int = field(default=0, metadata={"help": "of torch; 0 is OMP_NUM_THREADS where that is set, else every core"})
+    side_by_side: int = field(
+        default=0,
+        metadata={"help": SIDE_BY_SIDE.replace("encoders tried", "arms worked on")},
+    )
 
     def validate(self) -> None:
         """Refuse a scale of nothing and repeated seeds.
@@ -71,10 +75,9 @@ def plan(config: VisftExperimentConfig) -> list[Stage]:
     heads, places = visft_heads(data, out / "work", 0, config.scale)
     stages += heads
     for seed in config.seeds:
-        stages += [_stage_two(config, arm, seed, places) for arm in ARMS]
+        stages += in_lanes({arm: [_stage_two(config, arm, seed, places)] for arm in ARMS})
     for seed in config.seeds:
-        for arm in (BEFORE, *ARMS):
-            stages += _evaluations(config, arm, seed)
+        stages += in_lanes({arm: _evaluations(config, arm, seed) for arm in (BEFORE, *ARMS)})
     stages += [_maps(config), _results(config)]
     results = out / "results"
     flags = (str(results), "--out", str(out), "--title", "Does ViSFT make this encoder better?")

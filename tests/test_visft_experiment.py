@@ -11,7 +11,7 @@ from apps import sweep, visft_results
 from apps.quickstart_plan import QuickstartConfig, Stage
 from apps.quickstart_plan import plan as quickstart_plan
 from apps.sweep_table import Table
-from apps.visft import ExperimentJournal
+from apps.visft import open_journal
 from apps.visft_plan import ARMS, BEFORE, EVALUATIONS, PERMUTED, TRUE, VisftExperimentConfig, evaluation_of, plan, work_of
 from apps.visft_results import Scores, verdict
 from encoders.eval_goi import EvalGoiConfig
@@ -85,7 +85,7 @@ def test_the_quickstart_takes_any_subset_and_visft_only_when_asked(tmp_path: Pat
 
 
 def test_the_journal_names_the_command_that_goes_on(tmp_path: Path) -> None:
-    journal = ExperimentJournal(VisftExperimentConfig(out=str(tmp_path), seeds=[0, 2], scale=0.5))
+    journal = open_journal(VisftExperimentConfig(out=str(tmp_path), seeds=[0, 2], scale=0.5))
     assert journal.command == f"mmkit experiment visft --out {tmp_path} --seeds 0,2 --scale 0.5"
     with pytest.raises(ConfigError, match="no finished embedded data set"):
         VisftExperimentConfig(data=str(tmp_path)).validate()
