@@ -10,6 +10,7 @@ import yaml
 
 from mmkit.config import find_recipe
 from mmkit.errors import ConfigError, find
+from mmkit.report_data import BLIP2_SUFFIX
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {"encoders": ROOT / "encoders" / "recipes", "llm_stage": ROOT / "llm_stage" / "recipes"}
@@ -223,7 +224,7 @@ def blip2_stages(name: str, out: Path, config: QuickstartConfig, recipes: str = 
 
     The first is by recipe mini_qformer, whatever the language model; the second by NAME_blip2.
     """
-    column, images = f"{name}_blip2", out / "data" / "images"
+    column, images = f"{name}{BLIP2_SUFFIX}", out / "data" / "images"
     first, second = (out / "work" / f"{column}_stage{stage}" for stage in (1, 2))
     captions = {split: str(out / "data" / "coco" / f"captions_{split}.json") for split in ("train", "val", "test")}
     named = {

@@ -35,7 +35,7 @@ from mmkit.checkpoint import atomic_folder
 from mmkit.config import cli_entry, load_config
 from mmkit.errors import ConfigError, find
 from mmkit.report_compare import results
-from mmkit.report_data import read_runs
+from mmkit.report_data import BLIP2_SUFFIX, read_runs
 
 LLMS = {"mini": "mini-llm, all of it trained", "smollm2": "SmolLM2-135M with LoRA; hours on a CPU"}
 
@@ -168,15 +168,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def show(console: Console, out: Path) -> None:
     """Print one table: a row for each measure, a column for each encoder."""
     rows = results(read_runs([out]))
-    encoders = sorted({row["encoder"].removesuffix("_blip2") for row in rows})
+    encoders = sorted({row["encoder"].removesuffix(BLIP2_SUFFIX) for row in rows})
     table = Table(title="percent [95 % interval]", title_justify="left")
     for heading in ("measure", *encoders):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        name = row["encoder"].removesuffix("_blip2")
+        name = row["encoder"].removesuffix(BLIP2_SUFFIX)
         low, high = row["ci95"]
-        measure = f"{row['benchmark']} {row['metric']}" + (", BLIP-2" if row["encoder"].endswith("_blip2") else "")
+        measure = f"{row['benchmark']} {row['metric']}" + (", BLIP-2" if row["encoder"].endswith(BLIP2_SUFFIX) else "")
         cells.setdefault(measure, {})[name] = f"{row['value']:.1f} [{low:.1f}, {high:.1f}]"
     for measure, found in cells.items():
         table.add_row(measure, *(found.get(name, "") for name in encoders))

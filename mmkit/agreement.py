@@ -12,7 +12,7 @@ from mmkit.report_data import Evaluation, RunData
 
 
 def agreements(data: RunData) -> list[dict[str, Any]]:
-    """A matrix for each benchmark that several encoders were asked; controls are left out.
+    """A matrix for each benchmark that several encoders were asked; controls are left out, and captions, which are not right or wrong.
 
     Returns:
         For each: "benchmark", "encoders", and "rows": for each encoder its cells, one for each encoder, None without a question in common.
@@ -21,7 +21,7 @@ def agreements(data: RunData) -> list[dict[str, Any]]:
     for benchmark in data.benchmarks:
         asked = [data.find(encoder, benchmark) for encoder in data.encoders]
         evaluations = [evaluation for evaluation in asked if evaluation is not None and evaluation.items]
-        if len(evaluations) > 1 and not evaluations[0].is_control:
+        if len(evaluations) > 1 and not evaluations[0].is_control and not evaluations[0].graded:
             rows = [{"encoder": one.encoder, "cells": [cell(one, other) for other in evaluations]} for one in evaluations]
             found.append({"benchmark": benchmark, "encoders": [evaluation.encoder for evaluation in evaluations], "rows": rows})
     return found

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mmkit.checkpoint import atomic_write
 from mmkit.config import cli_entry
 from mmkit.errors import ConfigError, DataError
 from mmkit.report_compare import LEVEL, RIGHT, p_text
-from mmkit.report_data import CONTROL_SUFFIXES, Evaluation, Ratio, RunData, read_runs
+from mmkit.report_data import BLIP2_SUFFIX, CONTROL_SUFFIXES, Evaluation, Ratio, RunData, read_runs
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", default="", help="write everything as JSON")
     args = parser.parse_args(argv)
     sides = read_sides(args.sides)
-    rows = [row for first, second in itertools.combinations(sides, 2) for row in compare(first, second)]
+    rows = [row for first, second in pairs(sides, found_in_one_folder=len(args.sides) == 1) for row in compare(first, second)]
     adjust(rows)
     show(Console(), rows)
     if not args.out:
@@ -109,6 +109,24 @@ def read_sides(words: Sequence[str]) -> list[Side]:
         for side, word in zip(sides, words, strict=True):
             side.name = word.split(",")[0]
     return sides
+
+
+def pairs(sides: Sequence[Side], found_in_one_folder: bool) -> list[tuple[Side, Side]]:
+    """Every two sides; inside one folder only those of one downstream, since LLaVA against BLIP-2 says nothing of encoders.
+
+    Raises:
+        ConfigError: No two sides are left.
+    """
+    every = list(itertools.combinations(sides, 2))
+    if not every:
+        raise ConfigError(f"{sides[0].name} alone: a comparison takes two sides, a folder of each")
+    if not found_in_one_folder:
+        return every
+    alike = [pair for pair in every if pair[0].name.endswith(BLIP2_SUFFIX) == pair[1].name.endswith(BLIP2_SUFFIX)]
+    if not alike:
+        names = " and ".join(side.name for side in sides)
+        raise ConfigError(f"{names} are not of one downstream; to compare them nevertheless name their folders: mmkit compare A B")
+    return alike
 
 
 def _ratios(data: RunData, name: str) -> dict[str, Ratio]:
@@ -160,9 +178,9 @@ def compare_on(benchmark: str, first: Side, second: Side) -> list[dict[str, Any]
     )
     if f1 is not None:
         rows.append({"benchmark": benchmark, "kind": "F1", "first": first.name, "second": second.name, "left_out": left_out, **f1})
-    if found[0][0].main.startswith("cider"):
+    if found[0][0].graded:
         for row in rows:
-            row |= {"p": _normal_p(row), "p_is": "normal"}  # a caption is not right or wrong: no McNemar
+            row |= {"p": stats.normal_p(row["difference"], *row["ci95"]), "p_is": "normal"}
             for name in ("only_first", "only_second"):
                 row.pop(name, None)
     return rows
@@ -231,7 +249,12 @@ def statistic_difference(
     means = [float(statistic(totals[:width])), float(statistic(totals[width:]))]
     row: dict[str, Any] = {"n": len(columns), "means": means, "seeds": [len(x), len(y)], "difference": means[0] - means[1]}
     row |= over_seeds(row["difference"], low, high, [statistic(side.sum(axis=1)) for side in (x, y)])
-    return {**row, "p": _normal_p(row), "p_is": "normal", "visible": 2.8 * (row["ci95"][1] - row["ci95"][0]) / (2 * stats.Z95)}
+    return {
+        **row,
+        "p": stats.normal_p(row["difference"], *row["ci95"]),
+        "p_is": "normal",
+        "visible": 2.8 * (row["ci95"][1] - row["ci95"][0]) / (2 * stats.Z95),
+    }
 
 
 def over_seeds(value: float, low: float, high: float, by_seed: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -247,12 +270,6 @@ def over_seeds(value: float, low: float, high: float, by_seed: Sequence[np.ndarr
     t = stats.student_t95(max(1, min(len(side) for side in by_seed if len(side) > 1) - 1))
     half = math.sqrt((t * math.sqrt(variance)) ** 2 + ((high - low) / 2) ** 2)
     return {"ci95": [value - half, value + half], "sd": [float(side.std(ddof=1)) if len(side) > 1 else None for side in by_seed]}
-
-
-def _normal_p(row: Mapping[str, Any]) -> float:
-    """Two-sided p of a difference whose interval is known, taken as normal."""
-    half = (row["ci95"][1] - row["ci95"][0]) / 2
-    return 1.0 if row["difference"] == 0 else math.erfc(stats.Z95 * abs(row["difference"]) / half / math.sqrt(2)) if half else 0.0
 
 
 def difference(x: np.ndarray, y: np.ndarray, clusters: Sequence[str]) -> dict[str, Any]:
@@ -277,7 +294,7 @@ def difference(x: np.ndarray, y: np.ndarray, clusters: Sequence[str]) -> dict[st
     else:
         row["difference"] = paired.value
         row |= over_seeds(paired.value, paired.low, paired.high, [100 * side.mean(axis=1) for side in (x, y)])
-        row |= {"p": _normal_p(row), "p_is": "normal, questions and seeds"}
+        row |= {"p": stats.normal_p(row["difference"], *row["ci95"]), "p_is": "normal, questions and seeds"}
         error = (row["ci95"][1] - row["ci95"][0]) / (2 * stats.Z95)
     row["visible"] = 2.8 * error
     return row

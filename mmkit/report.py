@@ -140,6 +140,7 @@ def build(data: RunData, title: str = "") -> tuple[dict[str, Any], dict[str, str
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "runs": [root.name for root in data.roots],
         "encoders": data.encoders,
+        "encoder_names": data.encoder_names,
         "benchmarks": data.benchmarks,
         "remarks": data.remarks,
         "results": report_compare.results(data),

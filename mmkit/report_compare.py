@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmkit import stats
-from mmkit.report_data import BASELINE, CONTROL_SUFFIX, CONTROL_SUFFIXES, Evaluation, Item, RunData
+from mmkit.report_data import BASELINE, BLIP2_SUFFIX, CONTROL_SUFFIX, CONTROL_SUFFIXES, Evaluation, Item, RunData
 
 LEVEL = 0.05
 EXAMPLES = 12  # a benchmark
@@ -42,12 +42,17 @@ def missing_count(summary: Mapping[str, Any]) -> int:
 
 
 def comparisons(data: RunData) -> list[dict[str, Any]]:
-    """Compare every two encoders on the questions that both answered, the better one first; p-values adjusted over all (Holm)."""
+    """Compare every two encoders on the questions that both answered, the better one first; p-values adjusted over all (Holm).
+
+    Columns of different downstreams (LLaVA, BLIP-2) are not compared: their difference would not be the encoder's.
+    """
     rows = []
     for benchmark in data.benchmarks:
         if benchmark.endswith(CONTROL_SUFFIXES):
             continue
         for first, second in itertools.combinations(data.encoders, 2):
+            if first.endswith(BLIP2_SUFFIX) != second.endswith(BLIP2_SUFFIX):
+                continue
             one, other = data.find(first, benchmark), data.find(second, benchmark)
             if one is not None and other is not None:
                 row = compare(one, other)
@@ -55,7 +60,7 @@ def comparisons(data: RunData) -> list[dict[str, Any]]:
                     data.notes.append(f"{first} and {second} share no scored question of {benchmark}: they cannot be compared in pairs")
                 else:
                     rows.append(row)
-    for row, adjusted in zip(rows, stats.holm([row["p_exact"] for row in rows]), strict=True):
+    for row, adjusted in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
         row["stands"] = (row["ci95"][0] > 0 or row["ci95"][1] < 0) and adjusted < LEVEL
         row["headline"], row["evidence"] = claim(row)
@@ -72,8 +77,13 @@ def compare(one: Evaluation, other: Evaluation) -> dict[str, Any] | None:
         one, other = other, one
     x, y = scores(one, shared), scores(other, shared)
     difference = stats.paired_bootstrap(x, y, [one.items[name].cluster for name in shared]).scaled(100)
-    test = stats.mcnemar_of(x, y, RIGHT)
-    discordant = (test.only_first + test.only_second) / len(shared)
+    row: dict[str, Any] = {"p": stats.normal_p(difference.value, difference.low, difference.high), "p_is": "normal"}
+    row |= {"only_first": None, "only_second": None, "visible": 2.8 * (difference.high - difference.low) / (2 * stats.Z95)}
+    if not one.graded:
+        test = stats.mcnemar_of(x, y, RIGHT)
+        discordant = (test.only_first + test.only_second) / len(shared)
+        row = {"p": test.exact_p, "p_is": "McNemar", "only_first": test.only_first, "only_second": test.only_second}
+        row["visible"] = 100 * stats.smallest_difference(discordant, len(shared))
     return {
         "benchmark": one.benchmark,
         "first": one.encoder,
@@ -82,11 +92,7 @@ def compare(one: Evaluation, other: Evaluation) -> dict[str, Any] | None:
         "left_out": len(set(one.items) ^ set(other.items)),
         "difference": difference.value,
         "ci95": [difference.low, difference.high],
-        "only_first": test.only_first,
-        "only_second": test.only_second,
-        "p_exact": test.exact_p,
-        "p_mid": test.mid_p,
-        "visible": 100 * stats.smallest_difference(discordant, len(shared)),
+        **row,
     }
 
 
@@ -104,9 +110,9 @@ def claim(row: Mapping[str, Any]) -> tuple[str, str]:
     """Say in plain words whether the claim stands, and on what evidence."""
     low, high = row["ci95"]
     evidence = (
-        f"{row['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] on the same {row['n']} questions, McNemar p {p_text(row['p_exact'])}"
+        f"{row['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] on the same {row['n']} questions, {row['p_is']} p {p_text(row['p'])}"
     )
-    if p_text(row["p_holm"]) != p_text(row["p_exact"]):
+    if p_text(row["p_holm"]) != p_text(row["p"]):
         evidence += f" (Holm {p_text(row['p_holm'])})"
     if row["stands"]:
         return f"{row['first']} is better than {row['second']} on {row['benchmark']}", evidence
@@ -151,7 +157,8 @@ def control_claim(row: Mapping[str, Any]) -> tuple[str, str]:
     """Say in plain words whether the model looks at the picture, and on what evidence."""
     own, others = row["score"]["value"], row["control"]["value"]
     shown = {"blank": "before a grey one", "text_only": "without any"}.get(row["kind"], "with others'")
-    evidence = f"{own:.1f} % with its own pictures, {others:.1f} % {shown} ({row['difference']:+.1f} points, intervals "
+    unit = "" if str(row["metric"]).startswith("cider") else " %"  # CIDEr is no share
+    evidence = f"{own:.1f}{unit} with its own pictures, {others:.1f}{unit} {shown} ({row['difference']:+.1f} points, intervals "
     evidence += "apart)" if row["apart"] else "overlap)"
     if row["apart"] and row["share"] is not None:
         evidence += f"; {row['share']:.0f} % of the score need the picture"
@@ -208,14 +215,15 @@ def examples(data: RunData, limit: int = EXAMPLES) -> list[dict[str, Any]]:
                 "reference": item.reference,
                 "image": item.image,
             }
-            row["answers"] = [_answer(e.encoder, e.items[name]) for e in evaluations]
+            row["answers"] = [_answer(e, e.items[name]) for e in evaluations]
             row["agree"] = len({answer["right"] for answer in row["answers"]}) == 1
             chosen.append(row)
     return chosen
 
 
-def _answer(encoder: str, item: Item) -> dict[str, Any]:
-    return {"encoder": encoder, "text": item.answer, "score": item.score, "right": item.score >= RIGHT}
+def _answer(evaluation: Evaluation, item: Item) -> dict[str, Any]:
+    right = item.score >= RIGHT
+    return {"encoder": evaluation.encoder, "text": item.answer, "score": item.score, "right": right, "graded": evaluation.graded}
 
 
 def _choose(names: Sequence[str], evaluations: Sequence[Evaluation], limit: int) -> list[str]:

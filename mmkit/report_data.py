@@ -22,6 +22,7 @@ CONTROL_SUFFIX = "_shuffled"
 CONTROL_SUFFIXES = (CONTROL_SUFFIX, "_blank", "_text_only")  # another question's picture, a grey one, none
 BASELINE = "most_frequent_answer"
 MAIN_METRICS = ("vqa_accuracy", "top1")  # the first that a summary has is its headline; else its first metric
+BLIP2_SUFFIX = "_blip2"  # of an encoder's column whose models are BLIP-2's, beside its own with LLaVA's
 _SKIP = {"checkpoints", "probe_heads", "images", "classification", ".git", ".venv", "node_modules"}
 _NO_CURVE = {"step", "samples_seen", "seconds", "lr", "epoch", "grad_norm", "missing"}
 
@@ -61,6 +62,11 @@ class Evaluation:
             return str(self.summary["item_metric"])
         plain = [name for name in self.metrics if "/" not in name and name != BASELINE]
         return next((name for name in MAIN_METRICS if name in plain), plain[0] if plain else next(iter(self.metrics)))
+
+    @property
+    def graded(self) -> bool:
+        """True where an item's score is a measure, CIDEr: a caption is not right or wrong, so there is nothing for McNemar to count."""
+        return self.main.startswith("cider")
 
     @property
     def is_control(self) -> bool:
@@ -103,6 +109,11 @@ class RunData:
     def encoders(self) -> list[str]:
         """Names of all evaluated encoders, in order."""
         return list(dict.fromkeys(evaluation.encoder for evaluation in self.evaluations))
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """The encoders themselves: one in several downstreams has several columns."""
+        return list(dict.fromkeys(name.removesuffix(BLIP2_SUFFIX) for name in self.encoders))
 
     @property
     def benchmarks(self) -> list[str]:

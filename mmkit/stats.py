@@ -295,6 +295,12 @@ def mcnemar_of(first: ArrayLike, second: ArrayLike, threshold: float = 0.5) -> M
     return mcnemar(int((right_x & ~right_y).sum()), int((right_y & ~right_x).sum()))
 
 
+def normal_p(value: float, low: float, high: float) -> float:
+    """Two-sided p of a difference whose 95 % interval is known, taken as normal."""
+    half = (high - low) / 2
+    return 1.0 if value == 0 else math.erfc(Z95 * abs(value) / half / math.sqrt(2)) if half else 0.0
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values of several comparisons by Holm's step-down rule, in the order given."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])

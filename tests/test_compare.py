@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkit import compare, stats
+from mmkit import compare, report, stats
 from mmkit.errors import ConfigError, DataError
 
 
@@ -198,3 +198,39 @@ def test_cider_is_compared_image_by_image(tmp_path: Path) -> None:
     (row,) = json.loads(compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out.json")]).read_text())
     assert row["difference"] == pytest.approx(100 * (0.2 + luck.mean()))
     assert (row["p_is"], row["stands"]) == ("normal", True)
+
+
+def test_a_caption_is_not_right_or_wrong_and_a_gain_of_all_of_them_stands(tmp_path: Path) -> None:
+    """Two models whose captions all score below what counts as right elsewhere: McNemar would see nothing in any number of them."""
+    low = {name: 0.05 + 0.1 * value for name, value in drawn(5).items()}
+    for name, more in (("a", 0.0), ("b", 0.05)):
+        write(tmp_path / "run" / "eval" / name / "cap", {key: value + more for key, value in low.items()}, benchmark="cap", metric="cider")
+    compare.main([str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert (row["p_is"], row["stands"]) == ("normal", True)
+    report.main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    (claimed,) = found["comparisons"]
+    assert (claimed["first"], claimed["only_first"], claimed["stands"]) == ("b", None, True)
+    assert claimed["difference"] == pytest.approx(5.0)
+    assert "normal p < 0.001" in claimed["evidence"]
+    assert found["agreements"] == []
+
+
+def test_columns_of_different_downstreams_are_not_taken_for_encoders(tmp_path: Path) -> None:
+    for place, name in enumerate(("clip", "clip_blip2", "uta", "uta_blip2")):
+        write(tmp_path / "run" / "eval" / name / "vqa", drawn(place))
+    compare.main([str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    compared = [(row["first"], row["second"]) for row in json.loads((tmp_path / "out.json").read_text())]
+    assert compared == [("clip", "uta"), ("clip_blip2", "uta_blip2")]
+    report.main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {frozenset((row["first"], row["second"])) for row in found["comparisons"]} == {frozenset(pair) for pair in compared}
+    assert found["encoder_names"] == ["clip", "uta"]
+    assert "2 encoders (clip, uta)" in (tmp_path / "report" / "report.html").read_text()
+    one, other = (str(tmp_path / "run" / "eval" / name) for name in ("clip", "clip_blip2"))
+    compare.main([one, other])  # asked for by name, they are
+    for name in ("uta", "uta_blip2"):
+        (tmp_path / "run" / "eval" / name).rename(tmp_path / name)
+    with pytest.raises(ConfigError, match="clip and clip_blip2 are not of one downstream"):
+        compare.main([str(tmp_path / "run")])
