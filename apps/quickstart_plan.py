@@ -22,7 +22,7 @@ ENCODERS = {
 DEFAULT_ENCODERS = ("clip", "uta")
 DOWNSTREAMS = {
     "llava": "projector and language model trained behind each encoder",
-    "blip2": "a Q-Former trained behind each encoder, then in front of a frozen language model; some twenty minutes more for two encoders",
+    "blip2": "a Q-Former trained behind each encoder, then in front of a frozen language model; a quarter of an hour more for two encoders",
 }
 RERANKED = 16  # of the embedded data's 500 pictures and 2,500 captions
 VISFT_TASKS = ("detection", "segmentation", "caption")
