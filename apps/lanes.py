@@ -73,8 +73,15 @@ def side_by_side(console: Console, stages: Sequence[Numbered], total: int, journ
     failed = [error for run in runs if (error := run.exception()) is not None]
     if others := [error for error in failed if not isinstance(error, Stopped)]:
         raise others[0]
-    if failed:
-        raise Stopped(*(where for error in failed if isinstance(error, Stopped) for where in error.stages))
+    left = [entry for entry in stages if not entry[1].complete]
+    if failed or (stop.is_set() and left):
+        where = [where for error in failed if isinstance(error, Stopped) for where in error.stages]
+        raise Stopped(*(where or [title(*left[0], total)]))
+
+
+def title(number: int, stage: Stage, total: int) -> str:
+    """A stage, for messages."""
+    return f"stage {number} of {total} ({stage.name})"
 
 
 def watch(console: Console, lanes: Sequence["Lane"], runs: Sequence["Future[None]"], total: int) -> None:
@@ -110,6 +117,8 @@ class Lane:
             Stopped: By Ctrl-C.
             TrainingError: The process died.
         """
+        if stop.is_set():  # before this lane's turn came
+            return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         where = ""
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in whatever state they are
@@ -121,7 +130,7 @@ class Lane:
             try:
                 self.process = pool.submit(os.getpid).result()
                 for number, stage in self.stages:
-                    where = f"stage {number} of {total} ({stage.name})"
+                    where = title(number, stage, total)
                     if stop.is_set():
                         raise Stopped(where)
                     self.present, self._begin = (number, stage), time.monotonic()

@@ -64,6 +64,16 @@ def waits(argv: list[str]) -> None:
     raise SystemExit(130)
 
 
+def finishes_when_asked(argv: list[str]) -> None:
+    """Be asked to stop when there is nothing left to do."""
+    folder, stop = Path(argv[0]), threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    folder.mkdir(parents=True)
+    (folder / "begun").touch()
+    stop.wait(PATIENCE)
+    (folder / "summary.json").write_text("{}")
+
+
 def fails(argv: list[str]) -> None:
     """Fail once the other lane is at work."""
     wait_for(Path(argv[1]) / "begun")
@@ -91,7 +101,7 @@ def job(out: Path, **lanes: Sequence[str]) -> list[Stage]:
 
     names = list(lanes)
     chains = [
-        stage(f"{lane}_{place}", function, lane, f"{names[1 - names.index(lane)]}_{place}")
+        stage(f"{lane}_{place}", function, lane, f"{names[names.index(lane) == 0]}_{place}")
         for lane, functions in lanes.items()
         for place, function in enumerate(functions)
     ]
@@ -145,6 +155,25 @@ def test_ctrl_c_stops_every_lane_after_it_has_saved(tmp_path: Path, capsys: pyte
     assert (tmp_path / "b_0" / "saved").is_file()
     assert not (tmp_path / "a_1").exists()
     assert "stopped in stage 2 of 5 (a_0) and stage 4 of 5 (b_0); this goes on with it:\n  mmkit job" in capsys.readouterr().err
+
+
+def test_a_lane_whose_turn_has_not_come_is_not_begun_and_not_forgotten(tmp_path: Path) -> None:
+    """Ctrl-C in the last stage of all lanes at work, which finish: the job is not done while another lane waits."""
+    stages = job(tmp_path, a=["finishes_when_asked"], b=["finishes_when_asked"], c=["follows"])
+
+    def press() -> None:
+        for lane in "ab":
+            wait_for(tmp_path / f"{lane}_0" / "begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(Stopped) as stop:
+        run_all(Console(), stages, journal(tmp_path), at_once=2, threads=2)
+    thread.join()
+    assert stop.value.stages == ("stage 4 of 5 (c_0)",)
+    assert not (tmp_path / "c_0").exists()
+    assert not (tmp_path / "last").exists()
 
 
 def test_when_a_lane_fails_the_others_save_and_the_error_names_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
