@@ -30,11 +30,15 @@ quickstart: install
 demo: install
 	$(BIN)/mmkit demo
 
+# Tests take a thread each; files run side by side, since the tests of a file share what they train. A worker takes up to 4 GB.
+TEST_JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
 test: install lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
