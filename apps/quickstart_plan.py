@@ -132,8 +132,9 @@ def plan(config: QuickstartConfig) -> list[Stage]:
     for name in config.encoders:
         stages += _encoder_stages(name, out, config)
     stages += in_lanes({name: [zeroshot_stage(name, out, data)] for name in config.encoders})
-    for kind in config.downstream:
-        stages += in_lanes({name: DOWNSTREAM_STAGES[kind](name, out, config) for name in config.encoders})
+    for kind, stages_of in DOWNSTREAM_STAGES.items():
+        if kind in config.downstream:
+            stages += in_lanes({name: stages_of(name, out, config) for name in config.encoders})
     stages.append(Stage("report", "report", "mmkit.report:main", (str(out), "--out", str(out)), out / "report.html", out / "report.html"))
     return stages
 

@@ -119,8 +119,9 @@ def plan(config: ScorecardConfig) -> list[Stage]:
     if config.probes:
         places = {name: (out / "encoders" / name, out / "eval" / name) for name in names}
         stages += in_lanes({name: probe_stages(name, *found, data, config.seed, config.scale) for name, found in places.items()})
-    for kind in config.downstream if config.downstream != ["none"] else ():
-        stages += in_lanes({name: DOWNSTREAM_STAGES[kind](name, out, size, config.llm) for name in names})
+    for kind, stages_of in DOWNSTREAM_STAGES.items():
+        if kind in config.downstream:
+            stages += in_lanes({name: stages_of(name, out, size, config.llm) for name in names})
     title = ("--title", "Scorecard: " + ", ".join(names))
     return [
         *stages,
