@@ -127,8 +127,8 @@ def build_page(
                     build_vote(desk, votes or Votes(VOTES), picker, more, settings, tab)
                 with gr.Tab("Look inside", id="inside"):
                     build_inside(desk, encoders, picker, more)
-                with gr.Tab("Browse a run", id="browse"):
-                    build_browse(Path(runs), picker, chat, tabs)
+                with gr.Tab("Browse a run", id="browse") as tab:
+                    build_browse(Path(runs), picker, chat, tabs, tab)
         blocks.unload(desk.forget)
     return blocks
 

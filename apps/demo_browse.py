@@ -84,6 +84,12 @@ class Browser:
             return []
         return sorted({path.relative_to(self.root).parts[0] for path in self.root.glob("*/**/summary.json")})
 
+    def look(self, name: str | None) -> tuple[Any, str]:
+        """The tab was opened: (runs to choose from, notice)."""
+        found = self.folders()
+        none = f"No evaluations in {self.root.name}/ yet: `mmkit quickstart` makes some; other folders: `mmkit demo --runs`."
+        return gr.update(choices=found, value=name if name in found else None), "" if found else demo_page.info_html(none)
+
     def run(self, name: str) -> RunData:
         """Read a run folder.
 
@@ -174,17 +180,11 @@ def card_html(number: int, row: Row) -> str:
     return f'<article class="mm-card">{picture}<p>{number}. {escape(row.question or row.name)}</p><small>{escape(small)}</small><ul>{answers}</ul></article>'
 
 
-def build_browse(root: Path, picker: gr.Image, chat: ChatParts, tabs: gr.Tabs) -> None:
-    """Put the tab together, inside the blocks that are open."""
+def build_browse(root: Path, picker: gr.Image, chat: ChatParts, tabs: gr.Tabs, tab: gr.Tab) -> None:
+    """Put the tab together, inside the blocks that are open; each time it is opened it looks for runs."""
     browser = Browser(root)
-    folders = browser.folders()
-    if not folders:
-        gr.HTML(
-            demo_page.info_html(f"No evaluations in {root.name}/ yet: `mmkit quickstart` makes some; other folders: `mmkit demo --runs`.")
-        )
-        return
     with gr.Row():
-        run = gr.Dropdown(folders, value=None, label="Run", elem_id="mm-run")
+        run = gr.Dropdown(browser.folders(), value=None, label="Run", elem_id="mm-run")
         benchmark = gr.Dropdown([], label="Benchmark", elem_id="mm-benchmark")
         kind = gr.Dropdown([EVERY], value=EVERY, label="Kind", elem_id="mm-kind")
         who = gr.Dropdown(["all"], value="all", label="Who is right", elem_id="mm-who")
@@ -194,6 +194,7 @@ def build_browse(root: Path, picker: gr.Image, chat: ChatParts, tabs: gr.Tabs) -
         go = gr.Button("Ask it in the chat", variant="primary", elem_id="mm-to-chat", scale=2)
     notice = gr.HTML("", elem_id="mm-browse-notice")
     rows = gr.HTML("", elem_id="mm-rows")
+    tab.select(browser.look, run, [run, notice], **QUIET)
     shown: dict[str, Any] = {"fn": browser.show, "inputs": [run, benchmark, kind, who, page], "outputs": [rows, row, page], **QUIET}
     run.input(browser.choose_run, run, [benchmark, kind, who, page, notice], **QUIET).then(**shown)
     benchmark.input(browser.choose_benchmark, [run, benchmark], [kind, who, page], **QUIET).then(**shown)

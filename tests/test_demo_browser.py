@@ -234,8 +234,11 @@ def test_look_inside_and_browse_in_a_browser(pair: tuple[str, Path], watched: An
     page.click("#mm-token input")
     page.click("ul[role=listbox] li >> nth=1")
     page.wait_for_selector("#mm-answer-maps figure >> text=1:")  # the map of that token alone
+    write_run(pair[1].parent / "runs/later")  # finished after the page was opened
     page.click("button[role=tab]:has-text('Browse a run')")
+    page.wait_for_timeout(1000)  # the runs are looked for
     page.click("#mm-run input")
+    page.wait_for_selector("ul[role=listbox] li >> text=later")
     page.click("ul[role=listbox] li >> text=mine")
     page.wait_for_selector(".mm-card:nth-child(2)")
     assert page.locator(".mm-card").count() == 2  # where the two disagree

@@ -206,6 +206,17 @@ def test_a_run_is_browsed_by_kind_and_by_who_is_right(tmp_path: Path) -> None:
     assert image.getpixel((0, 0)) == (120, 0, 0)
 
 
+def test_runs_are_looked_for_whenever_the_tab_is_opened(tmp_path: Path) -> None:
+    browser = demo_browse.Browser(tmp_path / "runs")
+    choice, notice = browser.look(None)
+    assert choice["choices"] == []
+    assert "No evaluations in runs/ yet" in notice
+    write_run(tmp_path / "runs" / "mine")
+    assert browser.look(None)[0]["choices"] == ["mine"]
+    assert browser.look("mine")[0]["value"] == "mine"
+    assert browser.look("gone") == (browser.look(None)[0], "")
+
+
 @pytest.mark.parametrize("name", ["..", "../outside", "/etc", "", "."])
 def test_nothing_outside_of_the_runs_is_opened(name: str, tmp_path: Path) -> None:
     write_run(tmp_path / "outside")
