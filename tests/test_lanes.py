@@ -139,14 +139,21 @@ def test_one_at_once_runs_everything_here_in_the_plan_s_order(tmp_path: Path) ->
     assert {json.loads(stage.done.read_text())["process"] for stage in stages} == {os.getpid()}
 
 
-def test_ctrl_c_stops_every_lane_after_it_has_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def press_ctrl_c(out: Path) -> threading.Thread:
+    """Press Ctrl-C as soon as lanes a and b are at work."""
+
     def press() -> None:
         for lane in "ab":
-            wait_for(tmp_path / f"{lane}_0" / "begun")
+            wait_for(out / f"{lane}_0" / "begun")
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press)
     thread.start()
+    return thread
+
+
+def test_ctrl_c_stops_every_lane_after_it_has_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    thread = press_ctrl_c(tmp_path)
     with pytest.raises(Stopped) as stop:
         run_all(Console(), job(tmp_path, a=["waits", "follows"], b=["waits"]), journal(tmp_path), at_once=2, threads=2)
     thread.join()
@@ -161,13 +168,7 @@ def test_a_lane_whose_turn_has_not_come_is_not_begun_and_not_forgotten(tmp_path:
     """Ctrl-C in the last stage of all lanes at work, which finish: the job is not done while another lane waits."""
     stages = job(tmp_path, a=["finishes_when_asked"], b=["finishes_when_asked"], c=["follows"])
 
-    def press() -> None:
-        for lane in "ab":
-            wait_for(tmp_path / f"{lane}_0" / "begun")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press)
-    thread.start()
+    thread = press_ctrl_c(tmp_path)
     with pytest.raises(Stopped) as stop:
         run_all(Console(), stages, journal(tmp_path), at_once=2, threads=2)
     thread.join()
