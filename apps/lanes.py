@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from apps.quickstart_plan import Stage
-from apps.stages import Journal, Stopped, clock, perform, quiet, run_stage, set_threads
+from apps.stages import Journal, Stopped, clock, perform, quiet, run_stage, set_threads, title
 from mmkit.errors import TrainingError
 from mmkit.signals import stop_signals
 
@@ -77,11 +77,6 @@ def side_by_side(console: Console, stages: Sequence[Numbered], total: int, journ
     if failed or (stop.is_set() and left):
         where = [where for error in failed if isinstance(error, Stopped) for where in error.stages]
         raise Stopped(*(where or [title(*left[0], total)]))
-
-
-def title(number: int, stage: Stage, total: int) -> str:
-    """A stage, for messages."""
-    return f"stage {number} of {total} ({stage.name})"
 
 
 def watch(console: Console, lanes: Sequence["Lane"], runs: Sequence["Future[None]"], total: int) -> None:

@@ -78,6 +78,11 @@ def run_all(console: Console, stages: Sequence[Stage], journal: "Journal", at_on
     console.rule(f"[bold]done[/bold] · {clock(time.monotonic() - start)} this time, {clock(journal.seconds)} in all", align="left")
 
 
+def title(number: int, stage: Stage, total: int) -> str:
+    """A stage, for messages."""
+    return f"stage {number} of {total} ({stage.name})"
+
+
 def perform(target: str, command: str, flags: Sequence[str]) -> None:
     """Call "module:function" with flags, under the command line that repeats it alone: a stage's manifest names that."""
     module, function = target.split(":")
@@ -92,7 +97,7 @@ def run_stage(stage: Stage, journal: "Journal", number: int, total: int, perform
     Raises:
         Stopped: By Ctrl-C.
     """
-    begin, where = time.monotonic(), f"stage {number} of {total} ({stage.name})"
+    begin, where = time.monotonic(), title(number, stage, total)
     try:
         if not stage.finished or stage.publish is None:
             flags = [*stage.argv, *(stage.resume if stage.begun else ())]

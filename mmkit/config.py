@@ -151,7 +151,7 @@ def cli_entry(main: Callable[[], Any]) -> NoReturn:
             traceback.print_exc()
         # A bare KeyError says only 'x'; its type is the better half of the message.
         name = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError) else ""
-        print(f"error: {name}{error}", file=sys.stderr)
+        print(f"error: {name}{error}", *getattr(error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         _leave(2)
     _leave(0)
 

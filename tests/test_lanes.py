@@ -16,6 +16,7 @@ from rich.console import Console
 from apps.lanes import last_lines
 from apps.quickstart_plan import Stage
 from apps.stages import Journal, Stopped, run_all
+from mmkit.config import cli_entry
 from mmkit.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,11 @@ def finishes_when_asked(argv: list[str]) -> None:
 def fails(argv: list[str]) -> None:
     """Fail once the other lane is at work."""
     wait_for(Path(argv[1]) / "begun")
+    fails_at_once(argv)
+
+
+def fails_at_once(argv: list[str]) -> None:
+    """Fail."""
     raise ValueError("the projector takes width 192")
 
 
@@ -101,7 +107,7 @@ def job(out: Path, **lanes: Sequence[str]) -> list[Stage]:
 
     names = list(lanes)
     chains = [
-        stage(f"{lane}_{place}", function, lane, f"{names[names.index(lane) == 0]}_{place}")
+        stage(f"{lane}_{place}", function, lane, f"{names[(names.index(lane) == 0) % len(names)]}_{place}")
         for lane, functions in lanes.items()
         for place, function in enumerate(functions)
     ]
@@ -184,6 +190,15 @@ def test_when_a_lane_fails_the_others_save_and_the_error_names_the_stage(tmp_pat
     assert "stage 2 of 4 (a_0) failed" in capsys.readouterr().err
     assert (tmp_path / "b_0" / "saved").is_file()
     assert "width 192" in (tmp_path / "logs" / "a.log").read_text()
+
+
+def test_what_a_job_adds_to_an_error_is_printed_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        run_all(Console(), job(tmp_path, a=["fails_at_once"]), journal(tmp_path))
+
+    with pytest.raises(SystemExit):
+        cli_entry(main)
+    assert "error: the projector takes width 192\n  in stage 2 of 3 (a_0) of the job; alone: mmkit eval vqa" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
